@@ -1,0 +1,58 @@
+"""Where an op runs (Triton or its plain-PyTorch reference) and with which launch parameters.
+
+Triton runs on CUDA tensors, and on CPU tensors when TRITON_INTERPRET=1 was set before this module was
+imported (Triton reads the variable when a kernel is decorated). Everything else, float64 included, is
+answered by the reference. Platforms without Triton (macOS, Windows) import the ops all the same and always
+get the reference.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as missing:
+    triton = tl = None
+    if torch.version.cuda is not None:
+        logging.getLogger(__name__).warning(
+            "triton cannot be imported (%s): miles_fast.kernels runs its slower plain-PyTorch references",
+            missing,
+        )
+
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def jit(kernel):
+    """`triton.jit`, or the bare function where Triton is not importable (it is then never launched)."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def runs_triton(*tensors: torch.Tensor) -> bool:
+    """Whether an op on these floating-point tensors is launched as a Triton kernel."""
+    return (
+        triton is not None
+        and (INTERPRETED or tensors[0].is_cuda)
+        and all(tensor.dtype in _TRITON_DTYPES for tensor in tensors)
+    )
+
+
+def launch_parameters(table: dict[int, tuple[int, int]], width: int) -> tuple[int, int, int]:
+    """(rows per program, columns per program, warps per program) for rows of `width` numbers.
+
+    The columns are `width` rounded up to a power of two; `table` maps them to measured (rows, warps). A width
+    that nobody measured gets about 4096 numbers a program over 4 warps.
+    """
+    block_width = triton.next_power_of_2(width)
+    rows, num_warps = table.get(block_width) or (max(1, min(64, 4096 // block_width)), 4)
+    return rows, block_width, num_warps
+
+
+def with_unit_stride(rows: torch.Tensor) -> torch.Tensor:
+    """The tensor itself when its last dimension is contiguous (kernels read the others by stride), else a copy."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,0 +1,1 @@
+"""MILES pre-training: shards in, retrieval numbers and weights out."""

@@ -1,0 +1,322 @@
+"""Every option of a run: frozen dataclasses, filled from YAML and `section.key=value` overrides.
+
+What DeepSpeed's json decides (batch sizes, optimizer, schedule, precision, ZeRO, clipping) is not repeated
+here. Defaults are the recommended ones of the method; those that the paper does not state are marked
+inferred.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_OPTIONS: dict[str, Any] = {"frozen": True, "kw_only": True, "config": ConfigDict(extra="forbid")}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names file, key, value and remedy."""
+
+
+@dataclass(**_OPTIONS)
+class SourceConfig:
+    """One set of tar shards; `shards` are glob or brace patterns, relative to the working directory."""
+
+    shards: list[str] = Field(min_length=1)
+    name: str = "train"
+
+
+@dataclass(**_OPTIONS)
+class DataConfig:
+    """Where clips come from and what is drawn of them.
+
+    Several `train` sources alternate, one optimizer step each (spec/miles.md 4.2). `demo_corpus` is a folder
+    in which the generated corpus is built when it is missing.
+    """
+
+    train: list[SourceConfig] = Field(min_length=1)
+    evaluation: list[SourceConfig] = Field(default_factory=list)
+    demo_corpus: str | None = None
+    frames_per_clip: int = Field(default=4, ge=1)
+    caption_tokens: int = Field(default=32, ge=3)
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    augmentation: Literal["auto", "dali", "pil"] = "auto"
+    video_decoder: Literal["cpu", "nvdec"] = "cpu"
+    decode_workers: int = Field(default=4, ge=1)
+    threads: int = Field(default=4, ge=1)
+    prefetch_batches: int = Field(default=3, ge=1)
+
+
+@dataclass(**_OPTIONS)
+class VideoEncoderConfig:
+    """Divided space-time ViT; the defaults are the published ViT-B/16 (spec/miles.md 1.1).
+
+    `num_frames` is the number of rows of `temporal_embed`; clips of any other length run too. `weights` is a
+    timm model name or a local .safetensors file with an image ViT of the same sizes.
+    """
+
+    image_size: int = Field(default=224, ge=1)
+    patch_size: int = Field(default=16, ge=1)
+    width: int = Field(default=768, ge=1)
+    depth: int = Field(default=12, ge=1)
+    heads: int = Field(default=12, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    num_frames: int = Field(default=4, ge=1)
+    temporal_init: Literal["identity", "zeros", "random"] = "identity"
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a frame."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(**_OPTIONS)
+class TextEncoderConfig:
+    """DistilBERT: `weights` (a model name or a local folder), or fresh from the sizes below.
+
+    `tokenizer` is a name or a folder; empty means `weights`. The vocabulary's size is the tokenizer's.
+    """
+
+    weights: str | None = None
+    tokenizer: str | None = None
+    width: int = Field(default=768, ge=1)
+    depth: int = Field(default=6, ge=1)
+    heads: int = Field(default=12, ge=1)
+    hidden: int = Field(default=3072, ge=1)
+    max_positions: int = Field(default=512, ge=3)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        if self.weights is None and self.tokenizer is None:
+            raise ValueError("needs `weights` (a name or folder with its tokenizer) or a `tokenizer` folder")
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Name or folder that the tokenizer is loaded from."""
+        return self.tokenizer or self.weights or ""
+
+
+@dataclass(**_OPTIONS)
+class ModelConfig:
+    """The dual encoder: both towers, the shared embedding width, and the attention backend."""
+
+    text: TextEncoderConfig
+    video: VideoEncoderConfig = Field(default_factory=VideoEncoderConfig)
+    embedding: int = Field(default=256, ge=1)
+    attention: Literal["auto", "sdpa", "flash", "reference"] = "auto"
+
+
+@dataclass(**_OPTIONS)
+class MaskConfig:
+    """Which patches are masked; ratio and generator are inferred (spec/miles.md 3)."""
+
+    kind: Literal["tube_block", "tube_random", "frame_random"] = "tube_block"
+    ratio: float = Field(default=0.5, gt=0, lt=1)
+
+
+@dataclass(**_OPTIONS)
+class RegressionConfig:
+    """Masked feature regression (spec/miles.md 2.2; all defaults inferred)."""
+
+    feature: Literal["final_norm", "projected"] = "final_norm"
+    normalization: Literal["l2", "layernorm", "none"] = "l2"
+    head: Literal["none", "linear", "mlp"] = "none"
+    weight: float = Field(default=1.0, ge=0)
+
+
+@dataclass(**_OPTIONS)
+class SnapshotConfig:
+    """How the snapshot follows the student (spec/miles.md 1.5; all defaults inferred).
+
+    `ema`: momentum rises from `momentum` to `final_momentum` along a cosine; `copy`: every `every` steps;
+    `frozen`.
+    """
+
+    update: Literal["ema", "copy", "frozen"] = "ema"
+    momentum: float = Field(default=0.996, ge=0, le=1)
+    final_momentum: float = Field(default=1.0, ge=0, le=1)
+    every: int = Field(default=1, ge=1)
+
+
+@dataclass(**_OPTIONS)
+class ContrastConfig:
+    """Video-text contrast (spec/miles.md 2.1, 2.4).
+
+    `grad_scale` multiplies its gradient; `official` is 1 / ranks, which the official trainer applies
+    unawares.
+    """
+
+    temperature: float = Field(default=0.05, gt=0)
+    grad_scale: float | Literal["official"] = 1.0
+
+
+@dataclass(**_OPTIONS)
+class MethodConfig:
+    """Which passes are made.
+
+    View A: the masked pass feeds both losses (the paper's figure). B: masked for regression, full for
+    contrast. none: contrast on the full clip only, the paper's own baseline.
+    """
+
+    view: Literal["A", "B", "none"] = "A"
+    mask: MaskConfig = Field(default_factory=MaskConfig)
+    regression: RegressionConfig = Field(default_factory=RegressionConfig)
+    snapshot: SnapshotConfig = Field(default_factory=SnapshotConfig)
+    contrast: ContrastConfig = Field(default_factory=ContrastConfig)
+
+
+@dataclass(**_OPTIONS)
+class RunConfig:
+    """The run itself. `steps` are optimizer steps; `init_from` is an exported folder or another run's folder."""
+
+    folder: str
+    steps: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    evaluate_every: int = Field(default=0, ge=0)
+    save_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    init_from: str | None = None
+    compile: bool = False
+
+
+@dataclass(**_OPTIONS)
+class Config:
+    """A whole experiment."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    method: MethodConfig = Field(default_factory=MethodConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.caption_tokens > self.model.text.max_positions:
+            raise ValueError(
+                f"data.caption_tokens {self.data.caption_tokens} exceeds model.text.max_positions "
+                f"{self.model.text.max_positions}"
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dict of a config (for yaml or json), tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML; list items by number).
+
+    Raises ConfigError naming the file, the key, its value and what was expected.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; launch/configs holds examples") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path}: expected sections (run, data, model, method), found {type(tree).__name__}"
+        )
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Check a dict against Config; `source` names its file in errors. Raises ConfigError."""
+    return _parse(Config, tree, source)
+
+
+def parse_model(tree: dict[str, Any], source: str) -> ModelConfig:
+    """Check the model section alone (an exported architecture file). Raises ConfigError."""
+    return _parse(ModelConfig, tree, source)
+
+
+def _parse(kind: type, tree: dict[str, Any], source: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        lines = [_explain(kind, item) for item in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + f"\n{source}: ".join(lines)) from None
+
+
+def _explain(kind: type, item: Any) -> str:
+    location, value = [str(part) for part in item["loc"]], item.get("input")
+    key = ".".join(location)
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(kind, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key '{key}'; {hint}"
+    if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"key '{key}' is missing"
+    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    return f"{key or 'config'}{shown}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _known_keys(kind: type, location: Sequence[str]) -> list[str]:
+    for part in location:
+        if part.isdigit():
+            continue
+        field = {field.name: field for field in dataclasses.fields(kind)}.get(part)
+        hint = str(field.type) if field else ""
+        kind = next((c for n, c in globals().items() if n in hint and dataclasses.is_dataclass(c)), kind)
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override '{override}': write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': value is not valid YAML: {error}") from None
+    node: Any = tree
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"override '{override}': '{part}' is not one of the {len(node)} list items")
+            part = int(part)  # type: ignore[assignment]
+        elif not isinstance(node, dict):
+            raise ConfigError(f"override '{override}': '{'.'.join(parts[:depth])}' is a value, not a section")
+        if last:
+            node[part] = value
+        elif isinstance(node, list):
+            node = node[part]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+
+
+def model_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "model") -> list[str]:
+    """Lines `key: old -> new` for every leaf in which two model sections differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += model_difference(before, after, f"{prefix}.{key}")
+        elif before != after:
+            lines.append(f"{prefix}.{key}: {before!r} -> {after!r}")
+    return lines

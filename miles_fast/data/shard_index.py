@@ -1,0 +1,202 @@
+"""The index of a tar shard: DALI's own `wds2idx` text, version v1.2, beside the tar.
+
+A header line `v1.2 SAMPLES`, then one line a sample: `extension offset size name` for each of its members. A
+sample is a run of regular members with the same path up to the first dot of their basename.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tarfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+INDEX_VERSION = "v1.2"
+
+
+class ShardError(ValueError):
+    """A shard or its index cannot be used; the message names the file and what to do."""
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+def _members(tar_path: Path) -> Iterator[tuple[str, str, int, int, str]]:
+    """(key, extension, offset, size, name) of every regular member that is not hidden, in file order."""
+    rewrite = "write the shard again (a partial download is the usual reason)"
+    try:
+        with tarfile.open(tar_path, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []
+                if member.isdir():
+                    continue
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    raise ShardError(
+                        f"{tar_path}: member {member.name!r} is a link, device or sparse file; a shard "
+                        "may hold regular files only: write it with `tar --dereference --hard-dereference`"
+                    )
+                name = member.name
+                dot = name.find(".", name.rfind("/") + 1)
+                key, extension = name[:dot], name[dot + 1 :]
+                if not key or key.endswith("/"):
+                    continue
+                if name.startswith("/") or ".." in name.split("/"):
+                    raise ShardError(
+                        f"{tar_path}: member name {name!r} leaves the archive; write the shard again"
+                    )
+                yield key, extension, member.offset_data, member.size, name
+            with open(tar_path, "rb") as file:
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise ShardError(
+                        f"{tar_path}: no end of archive at byte {archive.offset}, it is truncated or "
+                        f"damaged; {rewrite}"
+                    )
+    except (tarfile.TarError, EOFError) as error:
+        raise ShardError(
+            f"{tar_path}: not a complete, uncompressed tar archive ({error}); {rewrite}"
+        ) from error
+
+
+@dataclass
+class Listing:
+    """Members of one shard, column by column; `counts` says how many belong to each sample."""
+
+    keys: list[str]
+    counts: list[int]
+    extensions: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    names: list[str]
+
+    def text(self) -> str:
+        members = [
+            f"{e} {o} {s} {n}"
+            for e, o, s, n in zip(self.extensions, self.offsets, self.sizes, self.names, strict=True)
+        ]
+        lines, start = [f"{INDEX_VERSION} {len(self.keys)}"], 0
+        for count in self.counts:
+            lines.append(" ".join(members[start : start + count]))
+            start += count
+        return "\n".join(lines) + "\n"
+
+
+def _scan(tar_path: Path) -> Listing:
+    listing = Listing([], [], [], [], [], [])
+    for key, extension, offset, size, name in _members(tar_path):
+        if not listing.keys or listing.keys[-1] != key:
+            listing.keys.append(key)
+            listing.counts.append(0)
+        listing.counts[-1] += 1
+        listing.extensions.append(extension)
+        listing.offsets.append(offset)
+        listing.sizes.append(size)
+        listing.names.append(name)
+    if not listing.keys:
+        raise ShardError(f"{tar_path}: the shard holds no samples; delete it")
+    return listing
+
+
+def _parse(text: str) -> Listing:
+    """The inverse of `Listing.text`. Raises ValueError if the text is not an index of this version."""
+    lines = text.removesuffix("\n").split("\n")
+    header = lines[0].split()
+    if len(header) != 2 or header[0] != INDEX_VERSION:
+        raise ValueError(f"its first line is {' '.join(header)[:60]!r}, not '{INDEX_VERSION} SAMPLES'")
+    if int(header[1]) != len(lines) - 1 or len(lines) == 1:
+        raise ValueError(f"its header promises {header[1]} samples, {len(lines) - 1} follow")
+    listing = Listing([], [], [], [], [], [])
+    for number, line in enumerate(lines[1:], start=2):
+        words = line.split(" ")
+        if len(words) % 4:
+            raise ValueError(f"line {number} is not a list of `extension offset size name`")
+        name = words[3]
+        key = name[: name.find(".", name.rfind("/") + 1)]
+        if not key or name.startswith("/") or ".." in key.split("/"):
+            raise ValueError(f"line {number}: {name!r} is no name for a member of a shard")
+        listing.keys.append(key)
+        listing.counts.append(len(words) // 4)
+        listing.extensions += words[0::4]
+        listing.offsets += map(int, words[1::4])
+        listing.sizes += map(int, words[2::4])
+    if min(listing.offsets) < 0 or min(listing.sizes) < 0:
+        raise ValueError("it holds a negative offset or size")
+    return listing
+
+
+def build_index(tar_path: str | Path) -> Path:
+    """Write `X.idx` beside `X.tar`, whole or not at all, and return its path.
+
+    Raises ShardError for a file that is no tar, is truncated or empty, or has names the index cannot express,
+    and OSError where the folder cannot be written.
+    """
+    tar_path = Path(tar_path)
+    status = tar_path.stat()
+    return _write_index(tar_path, _scan(tar_path), status.st_mtime_ns)
+
+
+def _write_index(tar_path: Path, listing: Listing, tar_time: int) -> Path:
+    path = tar_path.with_suffix(".idx")
+    spaced = [name for name in listing.names if any(map(str.isspace, name))]
+    if spaced:
+        raise ShardError(
+            f"{tar_path}: the index cannot express white space in a member's name: rename {spaced[0]!r}"
+        )
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    try:
+        partial.write_text(listing.text(), encoding="utf-8", errors="surrogateescape")
+        if partial.stat().st_mtime_ns < tar_time:  # a tar dated in the future would make its index look stale
+            os.utime(partial, ns=(tar_time, tar_time))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_listing(tar_path: Path, missing_index: str) -> Listing:
+    """Listing of one shard from its index, which is built when missing and refused when stale."""
+    path = tar_path.with_suffix(".idx")
+    try:
+        status = tar_path.stat()
+    except OSError as error:
+        raise ShardError(
+            f"{tar_path}: the shard cannot be read ({error.strerror}); correct the path"
+        ) from error
+    if not path.exists():
+        if missing_index != "build":
+            raise ShardError(
+                f"{tar_path}: its index {path.name} is missing; build it with `wds2idx {tar_path} {path}`"
+            )
+        listing = _scan(tar_path)
+        try:
+            _write_index(tar_path, listing, status.st_mtime_ns)
+        except (OSError, ShardError) as error:
+            _say_once(
+                f"indexes of {tar_path.parent} are kept in memory and built again by each process: {error}"
+            )
+        return listing
+    remedy = f"delete {path}, it is rebuilt"
+    if path.stat().st_mtime_ns < status.st_mtime_ns:
+        raise ShardError(f"{path} is older than its shard {tar_path}, which may have changed since: {remedy}")
+    try:
+        listing = _parse(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    except ValueError as error:
+        raise ShardError(f"{path} is not a usable index of {tar_path}: {error}; {remedy}") from error
+    end = max(map(int.__add__, listing.offsets, listing.sizes))
+    if end > status.st_size:
+        raise ShardError(
+            f"{path} names bytes up to {end}, but {tar_path} has {status.st_size}: "
+            f"if the shard is whole, {remedy}"
+        )
+    return listing

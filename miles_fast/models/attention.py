@@ -1,0 +1,119 @@
+"""Divided space-time attention behind one function, with backends chosen by name.
+
+Token order is [CLS], then frame-major patches (frame, position). In both axes the CLS query attends to all
+tokens; a patch query attends to CLS and to the patches at its position (`time`) or in its frame (`space`)
+(spec/miles.md 1.1). Letters: B clips, T frames, P positions per frame, N = 1 + T P tokens, H heads, S head
+width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Axis = Literal["time", "space"]
+
+
+def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: str = "auto") -> Tensor:
+    """Attend along one axis; returns (B, N, H * S) in the dtype of the input.
+
+    Backends: `sdpa` (torch's fused attention), `flash` (flash-attn 4 or 2: CUDA, bf16 or fp16), `reference`
+    (masked softmax over all pairs, the definition), `auto` (sdpa, the fastest measured at 197 keys:
+    spec/h100.md). Raises ValueError for an unknown backend or axis, or when N is not 1 + a multiple of
+    `num_frames`.
+    """
+    num_tokens = qkv_BN3HS.shape[1]
+    if axis not in ("time", "space"):
+        raise ValueError(f"axis = {axis!r}: expected 'time' or 'space'")
+    if (num_tokens - 1) % num_frames:
+        raise ValueError(f"{num_tokens} tokens are not 1 + a multiple of {num_frames} frames")
+    if backend == "reference":
+        return divided_attention_reference(qkv_BN3HS, num_frames, axis)
+    if backend not in ("auto", "sdpa", "flash"):
+        raise ValueError(f"attention backend {backend!r}: expected auto, sdpa, flash or reference")
+    attend = _flash_attend if backend == "flash" else _sdpa_attend
+    cls_B1HS = attend(qkv_BN3HS[:, :1, 0], qkv_BN3HS[:, :, 1], qkv_BN3HS[:, :, 2])
+    patches = (
+        _attend_time(qkv_BN3HS, num_frames)
+        if axis == "time"
+        else _attend_space(qkv_BN3HS, num_frames, attend)
+    )
+    return torch.cat([cls_B1HS, patches], dim=1).flatten(2)
+
+
+def divided_attention_reference(qkv_BN3HS: Tensor, num_frames: int, axis: Axis) -> Tensor:
+    """The definition: softmax over the allowed pairs of all N tokens, in the dtype of the input."""
+    query, key, value = qkv_BN3HS.permute(2, 0, 3, 1, 4)
+    num_patches = qkv_BN3HS.shape[1] - 1
+    patch = torch.arange(num_patches, device=qkv_BN3HS.device)
+    per_frame = num_patches // num_frames
+    group = patch % per_frame if axis == "time" else patch // per_frame
+    allowed = F.pad(group[:, None] == group[None, :], (1, 0, 1, 0), value=True)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def require_backend(backend: str) -> None:
+    """Raise ValueError saying what to install when an explicitly asked-for backend cannot run here."""
+    if backend == "flash":
+        _flash_function()
+        if not torch.cuda.is_available():
+            raise ValueError("model.attention = flash needs a CUDA GPU; use auto or sdpa")
+
+
+def _attend_space(qkv_BN3HS: Tensor, num_frames: int, attend: Callable[..., Tensor]) -> Tensor:
+    frames_GP3HS = qkv_BN3HS[:, 1:].unflatten(1, (num_frames, -1)).flatten(0, 1)
+    cls_G1 = qkv_BN3HS[:, :1].repeat_interleave(num_frames, dim=0)
+    key_value = torch.cat([cls_G1[:, :, 1:], frames_GP3HS[:, :, 1:]], dim=1)
+    out_GPHS = attend(frames_GP3HS[:, :, 0], key_value[:, :, 0], key_value[:, :, 1])
+    return out_GPHS.unflatten(0, (-1, num_frames)).flatten(1, 2)
+
+
+def _attend_time(qkv_BN3HS: Tensor, num_frames: int) -> Tensor:
+    # T + 1 <= 17 keys: one multiply-and-sum per key, which torch.compile fuses into a single pass over the
+    # tokens; a batched product of (T x S) by (S x T + 1) would be B * P * H launches' worth of tiny matrices.
+    query, key, value = qkv_BN3HS[:, 1:].unflatten(1, (num_frames, -1)).unbind(3)
+    cls_key, cls_value = qkv_BN3HS[:, :1, 1, None], qkv_BN3HS[:, :1, 2, None]
+    cls_key, cls_value = cls_key.transpose(1, 2), cls_value.transpose(1, 2)
+    query = query * query.shape[-1] ** -0.5
+    keys = [cls_key, *(key[:, t, None] for t in range(num_frames))]
+    values = [cls_value, *(value[:, t, None] for t in range(num_frames))]
+    precision = torch.promote_types(qkv_BN3HS.dtype, torch.float32)
+    scores = torch.stack([(query * k).sum(-1, dtype=precision) for k in keys], dim=-1)
+    weights = scores.softmax(-1).to(qkv_BN3HS.dtype)
+    out = sum(weights[..., j, None] * v for j, v in enumerate(values))
+    return out.flatten(1, 2)
+
+
+def _sdpa_attend(query_BQHS: Tensor, key_BKHS: Tensor, value_BKHS: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(
+        query_BQHS.transpose(1, 2), key_BKHS.transpose(1, 2), value_BKHS.transpose(1, 2)
+    )
+    return out.transpose(1, 2)
+
+
+def _flash_attend(query_BQHS: Tensor, key_BKHS: Tensor, value_BKHS: Tensor) -> Tensor:
+    if query_BQHS.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"flash attention takes bf16 or fp16, not {query_BQHS.dtype}; use attention sdpa")
+    out = _flash_function()(query_BQHS.contiguous(), key_BKHS.contiguous(), value_BKHS.contiguous())
+    return out[0] if isinstance(out, tuple) else out
+
+
+@functools.cache
+def _flash_function() -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError(
+            "model.attention = flash needs flash-attn: pip install 'flash-attn-4[cu13]' (Hopper), or use auto or sdpa"
+        )
+    try:
+        from flash_attn.cute import flash_attn_func  # flash-attn-4 has no top-level __init__
+    except ImportError:
+        from flash_attn import flash_attn_func
+    return flash_attn_func

@@ -1,0 +1,253 @@
+"""The video encoder: a ViT with divided space-time attention under the published key names.
+
+Source: the released encoder of MILES, equal to Frozen-in-Time's (spec/miles.md 1.1, 7.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miles_fast.config import VideoEncoderConfig
+from miles_fast.kernels.token_gather import token_gather
+from miles_fast.models.attention import Axis, divided_attention, require_backend
+
+
+class DividedAttention(nn.Module):
+    """Packed qkv, attention along one axis, output projection: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, heads: int, axis: Axis, backend: str) -> None:
+        super().__init__()
+        self.heads, self.axis, self.backend = heads, axis, backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, num_frames: int) -> Tensor:
+        qkv_BN3HS = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
+        return self.proj(divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Frozen-in-Time's wiring: the spatial residual comes from the block's input, not from the temporal branch."""
+
+    def __init__(self, config: VideoEncoderConfig, backend: str) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = DividedAttention(width, config.heads, "space", backend)
+        self.timeattn = DividedAttention(width, config.heads, "time", backend)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+        self.norm3 = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x_BND: Tensor, num_frames: int) -> Tensor:
+        time = x_BND + self.timeattn(self.norm3(x_BND), num_frames)
+        space = x_BND + self.attn(self.norm1(time), num_frames)
+        return space + self.mlp(self.norm2(space))
+
+
+class PatchEmbedding(nn.Module):
+    """Convolution with stride = kernel = patch: (B, T, C, H, W) -> (B, T * P, D)."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, video_BTCHW: Tensor) -> Tensor:
+        batch = video_BTCHW.shape[0]
+        grid = self.proj(video_BTCHW.flatten(0, 1).to(self.proj.weight.dtype))
+        return grid.flatten(2).transpose(1, 2).reshape(batch, -1, grid.shape[1])
+
+
+class SpaceTimeTransformer(nn.Module):
+    """Encodes clips of any number of frames; `temporal_embed` is interpolated beyond its own rows."""
+
+    def __init__(self, config: VideoEncoderConfig, attention: str = "auto") -> None:
+        super().__init__()
+        require_backend(attention)
+        self.config = config
+        width = config.width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, width))
+        self.temporal_embed = nn.Parameter(torch.zeros(1, config.num_frames, width))
+        self.patch_embed = PatchEmbedding(config.patch_size, width)
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.initialize_temporal_branch()
+
+    @torch.no_grad()
+    def initialize_temporal_branch(self) -> None:
+        """Start the temporal branch from the spatial one's present weights, as `temporal_init` says.
+
+        `identity` (inferred): qkv copied from the spatial qkv, proj zero, so that the encoder equals its
+        image ViT at first and every weight trains. `zeros`: Frozen's, whose q and k never receive a gradient
+        (spec/miles.md 1.1). `random`: the released class's default.
+        """
+        for block in self.blocks:
+            qkv, proj = block.timeattn.qkv, block.timeattn.proj
+            if self.config.temporal_init == "identity":
+                qkv.load_state_dict(block.attn.qkv.state_dict())
+                nn.init.zeros_(proj.weight)
+            elif self.config.temporal_init == "zeros":
+                nn.init.zeros_(qkv.weight)
+                nn.init.zeros_(qkv.bias)
+                nn.init.ones_(proj.weight)
+            else:
+                qkv.reset_parameters()
+                proj.reset_parameters()
+                continue
+            nn.init.zeros_(proj.bias)
+
+    def forward(
+        self,
+        video_BTCHW: Tensor,
+        *,
+        masked_BN: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        with_unmasked: bool = False,
+        rows_BM: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens after the final LayerNorm, (B, N, D), or only those at `rows_BM`, (B, M, D).
+
+        `masked_BN` (bool, patches only: N = T * P) are replaced by `mask_token` before the position embedding
+        (BEiT's convention, inferred). `with_unmasked` appends the same clips unmasked to the batch (view B):
+        (2 B, ...), one patch embedding for both. `rows_BM` counts [CLS] as 0 and must be distinct within a
+        clip.
+        """
+        num_frames = video_BTCHW.shape[1]
+        patches_BND = self.patch_embed(video_BTCHW)
+        if masked_BN is not None:
+            assert mask_token is not None
+            masked = torch.where(masked_BN[..., None], mask_token.to(patches_BND.dtype), patches_BND)
+            patches_BND = torch.cat([masked, patches_BND]) if with_unmasked else masked
+        x_BND = self._embed_positions(patches_BND, num_frames)
+        for block in self.blocks:
+            x_BND = block(x_BND, num_frames)
+        if rows_BM is not None:
+            x_BND = token_gather(x_BND, rows_BM)
+        return self.norm(x_BND)
+
+    def _embed_positions(self, patches_BND: Tensor, num_frames: int) -> Tensor:
+        batch, _, width = patches_BND.shape
+        frames_TD = self.temporal_table(num_frames)
+        table_TPD = self.pos_embed[0, None, 1:] + frames_TD[:, None]
+        cls_1D = self.cls_token[0] + self.pos_embed[0, :1]
+        tokens_BND = patches_BND + table_TPD.flatten(0, 1)
+        return torch.cat([cls_1D.expand(batch, 1, width), tokens_BND], dim=1)
+
+    def temporal_table(self, num_frames: int) -> Tensor:
+        """Rows of `temporal_embed` for a clip: (T, D); the first T, or linearly interpolated when T exceeds them."""
+        table = self.temporal_embed[0]
+        if num_frames <= table.shape[0]:
+            return table[:num_frames]
+        return F.interpolate(table.T[None], size=num_frames, mode="linear", align_corners=False)[0].T
+
+
+def image_weights(source: str) -> dict[str, Tensor]:
+    """State dict of an image ViT: a local .safetensors file, or a timm model name (downloaded by timm).
+
+    Raises ValueError when the source can be neither read nor downloaded.
+    """
+    if source.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(source)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"model.video.weights = {source}: cannot be read ({error})") from error
+    from miles_fast.models.torchvision_cpu import repair_torchvision
+
+    repair_torchvision()
+    import timm
+
+    if not timm.is_model(source):
+        raise ValueError(
+            f"model.video.weights = {source!r}: neither a .safetensors file nor a timm model name"
+        )
+    try:
+        return timm.create_model(source, pretrained=True, num_classes=0).state_dict()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"model.video.weights = {source!r}: timm could not get the weights ({error}); "
+            "download them elsewhere and name the .safetensors file"
+        ) from error
+
+
+def load_image_weights(encoder: SpaceTimeTransformer, weights: dict[str, Tensor], source: str) -> None:
+    """Copy an image ViT into the encoder and start its temporal branch from it.
+
+    Names are timm's. The position embedding is resized bicubically when the grids differ; a LayerScale is
+    folded into the layer before it; classifier heads are ignored. Raises ValueError listing what is missing
+    or does not fit.
+    """
+    weights = _fold_layer_scale({name: tensor.float() for name, tensor in weights.items()})
+    own = encoder.state_dict()
+    if "pos_embed" in weights:
+        weights["pos_embed"] = _resize_positions(weights["pos_embed"], encoder.config.grid)
+    temporal = ("temporal_embed", ".timeattn.", ".norm3.")
+    wanted = [name for name in own if not any(part in name for part in temporal)]
+    problems = [f"missing {name}" for name in wanted if name not in weights]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, the encoder's is {tuple(own[name].shape)}"
+        for name in wanted
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    unknown = [
+        name for name in weights if name not in own and not name.startswith(("head", "fc_norm", "pre_logits"))
+    ]
+    problems += [f"unknown {name}" for name in unknown]
+    if problems:
+        raise ValueError(f"model.video.weights = {source} does not fit model.video: {_first(problems)}")
+    encoder.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    encoder.initialize_temporal_branch()
+
+
+def _fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    folded = dict(weights)
+    for name, gamma in weights.items():
+        if name.endswith((".ls1.gamma", ".ls2.gamma")):
+            layer = name[: -len("ls1.gamma")] + ("attn.proj" if ".ls1." in name else "mlp.fc2")
+            folded[f"{layer}.weight"] = folded[f"{layer}.weight"] * gamma[:, None]
+            folded[f"{layer}.bias"] = folded[f"{layer}.bias"] * gamma
+            del folded[name]
+    return folded
+
+
+def _resize_positions(table_1ND: Tensor, grid: int) -> Tensor:
+    old = round((table_1ND.shape[1] - 1) ** 0.5)
+    if old == grid or old * old != table_1ND.shape[1] - 1:
+        return table_1ND
+    square = table_1ND[:, 1:].transpose(1, 2).unflatten(2, (old, old))
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True)
+    return torch.cat([table_1ND[:, :1], square.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _first(lines: Iterable[str], count: int = 8) -> str:
+    lines = list(lines)
+    more = f" and {len(lines) - count} more" if len(lines) > count else ""
+    return "; ".join(lines[:count]) + more
