@@ -184,7 +184,7 @@ class MethodConfig:
 
 @dataclass(**_OPTIONS)
 class RunConfig:
-    """The run itself. `steps` are optimizer steps; `init_from` is an exported folder or another run's folder."""
+    """The run itself. `steps` are optimizer steps; `init_from` is an exported folder or another run."""
 
     folder: str
     steps: int = Field(ge=1)

@@ -48,7 +48,7 @@ class View:
 def training_view(
     stream: np.random.Generator, height: int, width: int, scale: tuple[float, float], flip: float = 0.5
 ) -> View:
-    """One RandomResizedCrop (area in `scale`, aspect ratio 3/4 to 4/3, ten tries, then the centre) and one flip.
+    """One RandomResizedCrop (area in `scale`, aspect 3/4 to 4/3, ten tries, then the centre), one flip.
 
     The same rule as torchvision's, which the official transform uses (spec/miles.md 4.2); drawn once per
     clip.
@@ -75,7 +75,7 @@ def training_view(
 
 
 def evaluation_view(height: int, width: int) -> View:
-    """The centre square, not mirrored: the published resize 256, centre crop 256, resize as one resampling."""
+    """The centre square: the published resize 256, centre crop 256, resize as one resampling."""
     side = min(height, width)
     top, left = (height - side) / 2, (width - side) / 2
     return View(

@@ -110,7 +110,7 @@ def _flash_attend(query_BQHS: Tensor, key_BKHS: Tensor, value_BKHS: Tensor) -> T
 def _flash_function() -> Callable[..., Tensor | tuple[Tensor, ...]]:
     if importlib.util.find_spec("flash_attn") is None:
         raise ValueError(
-            "model.attention = flash needs flash-attn: pip install 'flash-attn-4[cu13]' (Hopper), or use auto or sdpa"
+            "model.attention = flash needs flash-attn: pip install 'flash-attn-4[cu13]', or use auto or sdpa"
         )
     try:
         from flash_attn.cute import flash_attn_func  # flash-attn-4 has no top-level __init__

@@ -1,4 +1,4 @@
-"""The dual encoder: both towers and their projections into the shared space, under the published key names."""
+"""The dual encoder: both towers and their projections into one space, under the published key names."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def build_text_encoder(config: TextEncoderConfig, vocabulary_size: int) -> Disti
         )
     if model.config.vocab_size < vocabulary_size:
         raise ValueError(
-            f"model.text.tokenizer has {vocabulary_size} tokens, but model.text.weights = {config.weights!r} has "
-            f"embeddings for {model.config.vocab_size}; use the tokenizer that belongs to the weights"
+            f"model.text.tokenizer has {vocabulary_size} tokens, but model.text.weights = {config.weights!r} "
+            f"has embeddings for {model.config.vocab_size}; use the tokenizer that belongs to the weights"
         )
     model.config.dropout = model.config.attention_dropout = config.dropout
     for module in model.modules():

@@ -43,7 +43,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Frozen-in-Time's wiring: the spatial residual comes from the block's input, not from the temporal branch."""
+    """Frozen-in-Time's wiring: the spatial residual is the block's input, not the temporal branch."""
 
     def __init__(self, config: VideoEncoderConfig, backend: str) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class SpaceTimeTransformer(nn.Module):
         return torch.cat([cls_1D.expand(batch, 1, width), tokens_BND], dim=1)
 
     def temporal_table(self, num_frames: int) -> Tensor:
-        """Rows of `temporal_embed` for a clip: (T, D); the first T, or linearly interpolated when T exceeds them."""
+        """Rows of `temporal_embed` for a clip, (T, D): the first T, or interpolated linearly beyond them."""
         table = self.temporal_embed[0]
         if num_frames <= table.shape[0]:
             return table[:num_frames]

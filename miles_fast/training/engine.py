@@ -1,0 +1,145 @@
+"""DeepSpeed: its json read and checked against ours, the process group, and the engine around the objective."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miles_fast.config import Config, ConfigError
+from miles_fast.distributed import note_once, world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """DeepSpeed's json with every `auto` filled in, and what the rest of the program needs of it."""
+
+    tree: dict[str, Any]
+    batch: int
+    accumulation: int
+    stage: int
+    bf16: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the student's weights are held in."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+
+def read_ds_config(path: str | Path, config: Config, *, cuda: bool, ranks: int) -> EngineSettings:
+    """Read DeepSpeed's json; `auto` is filled for bf16.enabled (on a GPU) and the schedule's total_num_steps.
+
+    Raises ConfigError naming file, key and both values where it contradicts the config or cannot be run.
+    """
+    path = Path(path)
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); ds.json in the repository is one"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from error
+    return check_ds_config(tree, str(path), config, cuda=cuda, ranks=ranks)
+
+
+def check_ds_config(
+    tree: dict[str, Any], source: str, config: Config, *, cuda: bool, ranks: int
+) -> EngineSettings:
+    """`read_ds_config` for json already read."""
+    tree = copy.deepcopy(tree)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: expected an object with DeepSpeed's settings")
+    if tree.get("fp16", {}).get("enabled"):
+        raise ConfigError(f"{source}: fp16.enabled = true is not supported (no loss scaling); use bf16")
+    bf16 = tree.setdefault("bf16", {})
+    if bf16.get("enabled", False) == "auto":
+        bf16["enabled"] = cuda
+    batch = tree.get("train_micro_batch_size_per_gpu")
+    if not isinstance(batch, int) or batch < 1:
+        raise ConfigError(
+            f"{source}: train_micro_batch_size_per_gpu = {batch!r}: give the clips per rank, e.g. 64"
+        )
+    accumulation = tree.setdefault("gradient_accumulation_steps", 1)
+    product = batch * accumulation * ranks
+    if tree.setdefault("train_batch_size", product) != product:
+        raise ConfigError(
+            f"{source}: train_batch_size = {tree['train_batch_size']}, but train_micro_batch_size_per_gpu "
+            f"{batch} x gradient_accumulation_steps {accumulation} x {ranks} ranks = {product}"
+        )
+    schedule = tree.get("scheduler", {}).get("params", {})
+    total = schedule.get("total_num_steps")
+    if total == "auto":
+        schedule["total_num_steps"] = config.run.steps
+    elif total is not None and total != config.run.steps:
+        raise ConfigError(
+            f"{source}: scheduler.params.total_num_steps = {total}, but run.steps = {config.run.steps}; "
+            'make them equal, or write "auto" in the json'
+        )
+    if "optimizer" not in tree:
+        raise ConfigError(f"{source}: optimizer is missing; ds.json in the repository shows one")
+    stage = tree.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    tree.setdefault("steps_per_print", 10**9)
+    return EngineSettings(
+        tree=tree, batch=batch, accumulation=accumulation, stage=stage, bf16=bool(bf16.get("enabled"))
+    )
+
+
+def init_process_group() -> torch.device:
+    """Join the process group that the launcher set up (or a group of one) and return this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not cuda:
+        # Only inference uses this operator; init_distributed would spend half a minute compiling it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
+    """DeepSpeed engine around the objective; biases, norms, tokens and embeddings of tokens are not decayed."""
+    import deepspeed
+
+    if settings.stage == 0 and settings.bf16:
+        note_once("bf16 with ZeRO 0: DeepSpeed takes a zero-gradient step at the start; stage 1 does not")
+    decayed = [p for p in objective.parameters() if p.requires_grad and p.ndim == 2]
+    others = [p for p in objective.parameters() if p.requires_grad and p.ndim != 2]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    try:
+        engine, *_ = deepspeed.initialize(model=objective, model_parameters=groups, config=settings.tree)
+    except ValueError as error:
+        raise ConfigError(f"DeepSpeed refuses the ds config: {error}") from error
+    assert engine.train_batch_size() == settings.batch * settings.accumulation * world_size()
+    return engine
+
+
+def full_weights(engine: Any) -> dict[str, Tensor]:
+    """Whole float32 weights of the objective by name, on the CPU; all ranks must call it (ZeRO gathers)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        source = parameter if full is None else full
+        weights[name] = source.detach().float().cpu().clone()
+    return weights

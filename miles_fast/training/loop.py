@@ -1,0 +1,235 @@
+"""The training loop: batches and masks in, losses, an optimizer step, the snapshot's step, log and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles_fast.config import Config, to_dict
+from miles_fast.data.loader import Batch, Loader, Quarantine
+from miles_fast.data.order import Share
+from miles_fast.distributed import barrier, gather_objects, logger, rank, sum_over_ranks, world_size
+from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
+from miles_fast.models.flops import peak_flops, training_flops
+from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
+from miles_fast.models.text_encoder import load_tokenizer
+from miles_fast.training.checkpoint import find_checkpoint, read_step, restore_checkpoint, save_checkpoint
+from miles_fast.training.engine import EngineSettings, build_engine, init_process_group
+from miles_fast.training.masks import draw_masks
+from miles_fast.training.objective import Objective
+from miles_fast.training.progress import StepLog
+from miles_fast.training.snapshot import Snapshot
+
+Evaluate = Callable[[DualEncoder, torch.device], dict[str, Any]]
+
+
+def pretrain(
+    config: Config, settings: EngineSettings, *, resume: str | None = None, evaluate: Evaluate | None = None
+) -> None:
+    """Train to `config.run.steps` optimizer steps.
+
+    `resume` is `auto`, a run's folder or a checkpoint; without it an earlier run in the same folder is moved
+    aside. `evaluate(model, device)` is called on all ranks every `run.evaluate_every` steps and at the end.
+    """
+    device = init_process_group()
+    run = Path(config.run.folder)
+    checkpoint = find_checkpoint(run, resume) if resume else None
+    first_step = read_step(checkpoint, config) if checkpoint else 0
+    _prepare_folder(run, config, keep=resume is not None)
+    torch.manual_seed(config.run.seed)
+    tokenizer = load_tokenizer(config.model.text.tokenizer_source)
+    objective = Objective(build_dual_encoder(config.model, len(tokenizer)), config.method)
+    if config.run.init_from and not checkpoint:
+        _initialize(objective, config.run.init_from)
+    snapshot = None
+    if config.method.view != "none":
+        snapshot = Snapshot(
+            objective.model,
+            config.method.snapshot,
+            config.method.regression,
+            total_steps=config.run.steps,
+            dtype=settings.dtype,
+            device=device,
+        )
+    if config.run.compile:
+        for block in [*objective.model.video_model.blocks, *(snapshot.blocks if snapshot else [])]:
+            block.compile()
+    engine = build_engine(objective, settings)
+    torch.manual_seed(config.run.seed + 1 + rank())
+    if checkpoint:
+        restore_checkpoint(checkpoint, engine, snapshot)
+        logger.info("resumed from %s at step %d", checkpoint, first_step)
+    quarantine = Quarantine(run / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank{rank()}.jsonl"))
+    share = Share(batch=settings.batch, accumulation=settings.accumulation, rank=rank(), ranks=world_size())
+    loader = Loader(
+        config.data,
+        image_size=config.model.video.image_size,
+        tokenizer=tokenizer,
+        share=share,
+        seed=config.run.seed,
+        device=device,
+        quarantine=quarantine,
+        draw_masks=(lambda micro_step: _masks(config, settings, micro_step)) if snapshot else None,
+    )
+    log = StepLog(run, first_step, config.run.steps)
+    try:
+        _train(config, settings, engine, snapshot, loader, log, run, device, first_step, evaluate)
+    finally:
+        log.close()
+        loader.close()
+
+
+def _train(
+    config: Config,
+    settings: EngineSettings,
+    engine: Any,
+    snapshot: Snapshot | None,
+    loader: Loader,
+    log: StepLog,
+    run: Path,
+    device: torch.device,
+    first_step: int,
+    evaluate: Evaluate | None,
+) -> None:
+    meter = Meter(config, loader.share, device)
+    saved = first_step
+    with contextlib.closing(loader.batches(first_step)) as batches:
+        engine.train()
+        for step in range(first_step + 1, config.run.steps + 1):
+            last = step == config.run.steps
+            logs = step % config.run.log_every == 0 or step == first_step + 1 or last
+            for _ in range(settings.accumulation):
+                waiting = time.perf_counter()
+                batch = next(batches)
+                meter.waited(time.perf_counter() - waiting)
+                losses = train_step(engine, snapshot, batch, with_statistics=logs)
+            if snapshot is not None:
+                snapshot.follow(engine.module.model, step)
+            log.advance()
+            meter.stepped()
+            if logs:
+                record = meter.record(losses, engine, loader.quarantine)
+                log.write(step, record, show=("loss", "clips_per_second"))
+            if evaluate is not None and (
+                last or (config.run.evaluate_every and step % config.run.evaluate_every == 0)
+            ):
+                result = evaluate(engine.module.model, device)
+                log.write(step, {"evaluation": result})
+                meter.pause()
+            if step % config.run.save_every == 0 or last:
+                save_checkpoint(run, step, engine, snapshot, config)
+                saved = step
+                meter.pause()
+    assert saved == max(first_step, config.run.steps)
+    barrier()
+
+
+def train_step(engine: Any, snapshot: Snapshot | None, batch: Batch, *, with_statistics: bool) -> Any:
+    """One micro step: targets, the student's passes, backward, and DeepSpeed's step at its boundary."""
+    target = snapshot.encode(batch.video_BTCHW) if snapshot is not None else None
+    losses = engine(
+        batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM, target, with_statistics
+    )
+    engine.backward(losses.total)
+    engine.step()
+    return losses
+
+
+class Meter:
+    """Times steps between two log records; device values are read only when a record is made."""
+
+    def __init__(self, config: Config, share: Share, device: torch.device) -> None:
+        self._clips_per_step, self._device = share.global_batch, device
+        self._flops = training_flops(
+            config.model, config.method.view, config.data.frames_per_clip, config.data.caption_tokens
+        )
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._peak = peak_flops(name)
+        self.pause()
+
+    def pause(self) -> None:
+        """Start timing anew, after something that is not training."""
+        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def waited(self, seconds: float) -> None:
+        """The training thread waited this long for data."""
+        self._waited += seconds
+
+    def stepped(self) -> None:
+        """One optimizer step is issued."""
+        self._steps += 1
+
+    def record(self, losses: Any, engine: Any, quarantine: Quarantine) -> dict[str, Any]:
+        """Figures since the last record; the one place of the loop that waits for the device."""
+        values = torch.stack([value.detach().float() for value in losses])
+        loss, contrastive, regression, cosine, std = (sum_over_ranks(values) / world_size()).tolist()
+        seconds, steps = max(time.perf_counter() - self._start, 1e-9), max(self._steps, 1)
+        clips = self._clips_per_step * self._steps / seconds
+        norm = engine.get_global_grad_norm()
+        record = {
+            "loss": loss,
+            "contrastive": contrastive,
+            "regression": regression,
+            "target_cosine": cosine,
+            "target_std": std,
+            "learning_rate": engine.get_lr()[0],
+            "gradient_norm": float(norm) if norm is not None else float("nan"),
+            "clips_per_second": clips,
+            "step_milliseconds": 1000 * seconds / steps,
+            "data_wait_milliseconds": 1000 * self._waited / steps,
+            "bad_samples": dict(quarantine.counts),
+        }
+        if self._device.type == "cuda":
+            record["memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        if self._peak:
+            record["mfu"] = clips * self._flops / (self._peak * world_size())
+        self.pause()
+        return record
+
+
+def _masks(config: Config, settings: EngineSettings, micro_step: int) -> Any:
+    return draw_masks(
+        config.method.mask,
+        grid=config.model.video.grid,
+        num_frames=config.data.frames_per_clip,
+        batch=settings.batch,
+        seed=config.run.seed,
+        step=micro_step,
+        rank=rank(),
+    )
+
+
+def _initialize(objective: Objective, source: str) -> None:
+    """Take weights from an exported folder, or from the newest checkpoint of a run with its mask token and head."""
+    place = Path(source)
+    if not (place / "model.json").is_file():
+        checkpoint = find_checkpoint(place, str(place))
+        assert checkpoint is not None
+        place = checkpoint / "student"
+    read_description(place)
+    weights = read_weights(place)
+    load_weights(objective.model, weights, f"run.init_from = {source}")
+    own = objective.state_dict()
+    extra = {name.removeprefix(PRETRAINING): t for name, t in weights.items() if name.startswith(PRETRAINING)}
+    objective.load_state_dict(
+        {n: t for n, t in extra.items() if n in own and own[n].shape == t.shape}, strict=False
+    )
+    logger.info("initialised from %s", place)
+
+
+def _prepare_folder(run: Path, config: Config, *, keep: bool) -> None:
+    if rank() == 0:
+        if not keep and (run / "config.json").exists():
+            number = next(n for n in range(1, 10**6) if not run.with_name(f"{run.name}.old-{n}").exists())
+            aside = run.with_name(f"{run.name}.old-{number}")
+            run.rename(aside)
+            logger.info("%s held an earlier run: moved to %s (--resume auto would go on with it)", run, aside)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    gather_objects(None)

@@ -1,0 +1,105 @@
+"""What one step computes: the student's passes and both losses, as the module that DeepSpeed trains."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miles_fast.config import MethodConfig
+from miles_fast.kernels.feature_regression import feature_regression
+from miles_fast.models.dual_encoder import DualEncoder
+from miles_fast.training.losses import contrastive_loss
+
+
+class Losses(NamedTuple):
+    """Scalars of one step (a NamedTuple, since ZeRO-3 looks for tensors in tuples only).
+
+    `target_cosine` is the mean cosine of prediction and target at masked patches, `target_std` the mean over
+    dimensions of the targets' standard deviation (0 = collapse); both are 0 where they were not asked for.
+    """
+
+    total: Tensor
+    contrastive: Tensor
+    regression: Tensor
+    target_cosine: Tensor
+    target_std: Tensor
+
+
+class Objective(nn.Module):
+    """Student, mask token and regression head; views A, B and none of spec/miles.md 2.5."""
+
+    def __init__(self, model: DualEncoder, method: MethodConfig) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        if method.view != "none":
+            width = model.config.video.width
+            self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
+            target_width = model.config.embedding if method.regression.feature == "projected" else width
+            self.head = _regression_head(method.regression.head, target_width)
+
+    def forward(
+        self,
+        video_BTCHW: Tensor,
+        token_ids_BL: Tensor,
+        attention_BL: Tensor,
+        masked_BM: Tensor | None = None,
+        target_BND: Tensor | None = None,
+        with_statistics: bool = False,
+    ) -> Losses:
+        """Losses of a batch; `masked_BM` counts patches from 0, `target_BND` are the snapshot's."""
+        text_BE = self.model.embed_text(token_ids_BL, attention_BL)
+        if self.method.view == "none":
+            contrast = contrastive_loss(text_BE, self.model.embed_video(video_BTCHW), self.method.contrast)
+            zero = torch.zeros_like(contrast)
+            return Losses(contrast, contrast.detach(), zero, zero, zero)
+        assert masked_BM is not None and target_BND is not None
+        cls_BD, features_BMD = self._encode_masked(video_BTCHW, masked_BM, target_BND.shape[1])
+        contrast = contrastive_loss(text_BE, self.model.vid_proj(cls_BD), self.method.contrast)
+        if self.method.regression.feature == "projected":
+            features_BMD = self.model.vid_proj(features_BMD)
+        features_BMD = self.head(features_BMD)
+        regression = feature_regression(
+            features_BMD,
+            target_BND,
+            target_index_BM=masked_BM,
+            normalization=self.method.regression.normalization,
+        )
+        total = contrast + self.method.regression.weight * regression
+        cosine = std = torch.zeros_like(contrast)
+        if with_statistics:
+            cosine, std = _statistics(features_BMD, target_BND, masked_BM)
+        return Losses(total, contrast.detach(), regression.detach(), cosine, std)
+
+    def _encode_masked(self, video: Tensor, masked_BM: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
+        batch = video.shape[0]
+        masked_BN = torch.zeros(batch, num_patches, dtype=torch.bool, device=video.device)
+        masked_BN.scatter_(1, masked_BM, True)
+        both = self.method.view == "B"
+        rows = F.pad(masked_BM + 1, (1, 0))
+        tokens = self.model.video_model(
+            video,
+            masked_BN=masked_BN,
+            mask_token=self.mask_token,
+            with_unmasked=both,
+            rows_BM=torch.cat([rows, rows]) if both else rows,
+        )
+        return tokens[-batch:, 0], tokens[:batch, 1:]
+
+
+def _regression_head(kind: str, width: int) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(width, width)
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+@torch.no_grad()
+def _statistics(features_BMD: Tensor, target_BND: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
+    clips = torch.arange(masked_BM.shape[0], device=masked_BM.device)[:, None]
+    target_BMD = target_BND[clips, masked_BM].float()
+    cosine = F.cosine_similarity(features_BMD.float(), target_BMD, dim=-1).mean()
+    return cosine, target_BMD.flatten(0, 1).std(dim=0).mean()

@@ -1,0 +1,103 @@
+"""The snapshot: a slowly following copy of the student's video encoder; it supplies the targets."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from miles_fast.config import RegressionConfig, SnapshotConfig
+from miles_fast.models.dual_encoder import DualEncoder
+
+
+class Snapshot:
+    """Video encoder and projection, averaged in float32 on every rank, never in optimizer or export.
+
+    Made from the student before DeepSpeed partitions it. `dtype` is what the encoder computes in; the average
+    stays float32, since at a momentum of 0.9995 one step moves a weight by less than half of bf16's spacing.
+    """
+
+    def __init__(
+        self,
+        student: DualEncoder,
+        config: SnapshotConfig,
+        regression: RegressionConfig,
+        *,
+        total_steps: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config, self.regression, self.total_steps = config, regression, total_steps
+        parts = nn.ModuleDict({"video_model": student.video_model, "vid_proj": student.vid_proj})
+        self._modules = copy.deepcopy(parts).requires_grad_(False).eval().to(device=device, dtype=dtype)
+        self._names = [name for name, _ in parts.named_parameters()]
+        self._used = list(self._modules.parameters())
+        if dtype == torch.float32:
+            self._average = self._used
+        else:
+            self._average = [p.detach().float().to(device, copy=True) for p in parts.parameters()]
+
+    @torch.no_grad()
+    def encode(self, video_BTCHW: Tensor) -> Tensor:
+        """Targets of the unmasked clips without [CLS]: (B, N, D), or (B, N, E) when projected."""
+        tokens = self._modules["video_model"](video_BTCHW)[:, 1:]
+        return self._modules["vid_proj"](tokens) if self.regression.feature == "projected" else tokens
+
+    def momentum(self, step: int) -> float:
+        """Weight of the old average at optimizer step `step` (1-based): a cosine between the two."""
+        first, final = self.config.momentum, self.config.final_momentum
+        return final - (final - first) * (math.cos(math.pi * step / self.total_steps) + 1) / 2
+
+    @torch.no_grad()
+    def follow(self, student: DualEncoder, step: int) -> None:
+        """Move towards the student after optimizer step `step` (1-based), as `config.update` says."""
+        if self.config.update == "frozen":
+            return
+        if self.config.update == "copy" and step % self.config.every:
+            return
+        weight = 1.0 if self.config.update == "copy" else 1 - self.momentum(step)
+        start = 0
+        for parameters in _gathered_parts(student):
+            stop = start + len(parameters)
+            average = self._average[start:stop]
+            torch._foreach_lerp_(
+                average, [p.detach().to(a) for p, a in zip(parameters, average, strict=True)], weight
+            )
+            if self._used is not self._average:
+                torch._foreach_copy_(self._used[start:stop], average)
+            start = stop
+        assert start == len(self._average)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The float32 average by parameter name."""
+        return {name: tensor.detach() for name, tensor in zip(self._names, self._average, strict=True)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore an average. Raises ValueError when names differ."""
+        if set(state) != set(self._names):
+            raise ValueError(f"snapshot has other weights: {sorted(set(state) ^ set(self._names))[:5]}")
+        torch._foreach_copy_(self._average, [state[name].to(self._average[0]) for name in self._names])
+        torch._foreach_copy_(self._used, self._average)
+
+
+def _gathered_parts(student: DualEncoder) -> Iterator[list[nn.Parameter]]:
+    """The student's parameters in the snapshot's order, a block at a time, whole even under ZeRO-3."""
+    parts = nn.ModuleDict({"video_model": student.video_model, "vid_proj": student.vid_proj})
+    parameters = list(parts.parameters())
+    size = max(1, math.ceil(len(parameters) / 12))
+    for start in range(0, len(parameters), size):
+        part = parameters[start : start + size]
+        partitioned = any(hasattr(p, "ds_id") for p in part)
+        with _gather(part) if partitioned else contextlib.nullcontext():
+            yield part
+
+
+def _gather(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
