@@ -19,8 +19,7 @@ except ImportError as missing:
     triton = tl = None
     if torch.version.cuda is not None:
         logging.getLogger(__name__).warning(
-            "triton cannot be imported (%s): miles_fast.kernels runs its slower plain-PyTorch references",
-            missing,
+            "triton cannot be imported (%s): miles_fast.kernels runs its slower references", missing
         )
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -54,5 +53,5 @@ def launch_parameters(table: dict[int, tuple[int, int]], width: int) -> tuple[in
 
 
 def with_unit_stride(rows: torch.Tensor) -> torch.Tensor:
-    """The tensor itself when its last dimension is contiguous (kernels read the others by stride), else a copy."""
+    """The tensor itself when its rows are contiguous (kernels read the others by stride), or a copy."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()

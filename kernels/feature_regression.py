@@ -1,14 +1,15 @@
 """feature_regression: the masked visual modelling loss, student features against the snapshot's.
 
-    p = prediction[b, prediction_index[b, m]]    t = stop_gradient(target[b, target_index[b, m]])    (or row m
-    itself) loss = mean over b, m of distance(u, v),     u = norm(p), v = norm(t)
+    p = prediction[b, prediction_index[b, m]]    t = stop_gradient(target[b, target_index[b, m]])
+    loss = mean over b, m of distance(u, v),     u = norm(p), v = norm(t)
 
     normalization   norm(x)                                       distance
     'l2'            x / max(|x|, 1e-8)                            sum_D (u - v)^2   = 2 - 2 cos(p, t)
     'layernorm'     (x - mean x) / sqrt(var x + 1e-6), no affine  mean_D (u - v)^2
     'none'          x                                             mean_D (u - v)^2
 
-prediction (B, N or M, D), target (B, N' or M, D), indices (B, M) int64 or int32, loss a float32 scalar.
+prediction (B, N, D), target (B, N', D), indices (B, M) int64 or int32, loss a float32 scalar; without an
+index the rows are taken in order and there must be M of them.
 Inputs may be float32, bfloat16 or float16, each its own; arithmetic is float32. Views with any clip and token
 stride (x[:, 1:]) are read in place. The spec's form of the loss (miles.md 2.2) is inferred, not the paper's:
 state which one a result used.
@@ -54,16 +55,14 @@ def feature_regression_reference(
     prediction_index_BM: torch.Tensor | None = None,
     normalization: str = "l2",
 ) -> torch.Tensor:
-    """The loss as a scalar. The definition: float64 where an input is float64, else float32; autograd differentiates it."""
+    """The loss as a scalar: the definition, in float64 where an input is float64, else in float32."""
+    wide = torch.float64 if torch.float64 in (prediction_BMD.dtype, target.dtype) else torch.float32
 
     def rows(tokens_BND, index_BM):
-        if index_BM is not None:
-            tokens_BND = tokens_BND.gather(
-                1, index_BM.long().unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1])
-            )
-        return tokens_BND.to(
-            torch.float64 if torch.float64 in (prediction_BMD.dtype, target.dtype) else torch.float32
-        )
+        if index_BM is None:
+            return tokens_BND.to(wide)
+        index_BMD = index_BM.long().unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1])
+        return tokens_BND.gather(1, index_BMD).to(wide)
 
     def norm(x):
         if normalization == "l2":
@@ -72,10 +71,9 @@ def feature_regression_reference(
             return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=_LAYERNORM_EPS)
         return x
 
-    difference = norm(rows(prediction_BMD, prediction_index_BM)) - norm(
-        rows(target.detach(), target_index_BM)
-    )
-    squared = difference.square()
+    u = norm(rows(prediction_BMD, prediction_index_BM))
+    v = norm(rows(target.detach(), target_index_BM))
+    squared = (u - v).square()
     return (squared.sum(-1) if normalization == "l2" else squared.mean(-1)).mean()
 
 
@@ -289,9 +287,9 @@ def _feature_regression_backward(
     prediction, target = with_unit_stride(prediction), with_unit_stride(target)
     B, num_predictions, D = prediction.shape
     M = d_row_loss_BM.shape[1]
-    inverse_BN = (
-        None if prediction_index_BM is None else invert_token_index(prediction_index_BM, num_predictions)
-    )
+    inverse_BN = None
+    if prediction_index_BM is not None:
+        inverse_BN = invert_token_index(prediction_index_BM, num_predictions)
     d_prediction = torch.empty((B, num_predictions, D), dtype=prediction.dtype, device=prediction.device)
     rows, block_d, num_warps = launch_parameters(LAUNCH_BACKWARD, D)
     with torch.cuda.device_of(prediction):
@@ -326,6 +324,7 @@ def _(d_row_loss_BM, prediction, target, row_state_BM5, prediction_index_BM, tar
 def _save_for_backward(ctx, inputs, output):
     prediction, target, prediction_index_BM, target_index_BM, ctx.normalization = inputs
     ctx.save_for_backward(prediction, target, output[1], prediction_index_BM, target_index_BM)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, d_row_loss_BM, _d_row_state):
@@ -369,7 +368,7 @@ def feature_regression(
     (B, _, D), target_shape = prediction_BMD.shape, tuple(target.shape)
     if (B, D) != (target_shape[0], target_shape[2]):
         raise ValueError(
-            f"clips and width differ: prediction_BMD {tuple(prediction_BMD.shape)}, target {target_shape}"
+            f"clips or widths differ: prediction_BMD {tuple(prediction_BMD.shape)}, target {target_shape}"
         )
     if prediction_index_BM is not None:
         check_token_index(prediction_index_BM, prediction_BMD, "prediction_index_BM")

@@ -25,7 +25,8 @@ from miles_fast.kernels.token_index import check_token_index, invert_token_index
 # Not yet measured: reasoned from bytes. Four warps hold one 1536-byte row in one 16-byte access a thread, so
 # four rows put four independent loads in flight. `python benchmarks/micro.py --op token_gather --sweep`
 # prints the measured table.
-LAUNCH = {1024: (4, 4), 512: (8, 4), 256: (16, 4), 128: (32, 4)}
+LAUNCH_FORWARD = {1024: (4, 4), 512: (8, 4), 256: (16, 4), 128: (32, 4)}
+LAUNCH_BACKWARD = {1024: (4, 4), 512: (8, 4), 256: (16, 4), 128: (32, 4)}
 
 
 def token_gather_reference(tokens_BND: torch.Tensor, index_BM: torch.Tensor) -> torch.Tensor:
@@ -74,7 +75,7 @@ def _gather_rows(source: torch.Tensor, index: torch.Tensor, *, missing_is_zero: 
     out = torch.empty((B, num_out_rows, D), dtype=source.dtype, device=source.device)
     if out.numel() == 0:
         return out
-    rows, block_d, num_warps = launch_parameters(LAUNCH, D)
+    rows, block_d, num_warps = launch_parameters(LAUNCH_BACKWARD if missing_is_zero else LAUNCH_FORWARD, D)
     with torch.cuda.device_of(source):
         _gather_rows_kernel[(B * triton.cdiv(num_out_rows, rows),)](
             source,

@@ -24,7 +24,7 @@ _INVERT_BLOCK = 256
 def check_token_index(
     index_BM: torch.Tensor, tokens_BND: torch.Tensor, name: str, *, distinct: bool = True
 ) -> None:
-    """Raise ValueError unless `index_BM` is an int64 or int32 (B, M) index into `tokens_BND`, on the same device.
+    """Raise ValueError unless `index_BM` is an int64 or int32 (B, M) index into `tokens_BND` on its device.
 
     Values are looked at only on the CPU: on a GPU that would make the host wait (there a kernel answers an
     index out of range with NaN rows). IndexError if one is out of range, ValueError if `distinct` and a clip

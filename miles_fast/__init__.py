@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path, device: str = "cpu") -> DualEncoder:
-    """A trained model from an exported folder, a run or a checkpoint; `encode_video` and `encode_text` use it."""
+    """A trained model, with `encode_video` and `encode_text`: from an export, a run or a checkpoint."""
     from miles_fast.export.run import load as load_model
 
     return load_model(path, device)

@@ -29,7 +29,7 @@ class Augmentation(Protocol):
     """Takes batches in (`submit`) and hands tensors out in the same order (`collect`)."""
 
     def submit(self, clips: Sequence[Frames], views: Sequence[View]) -> None:
-        """Queue a batch: per clip the same number of frames (JPEG bytes, or (H, W, 3) uint8), and its view."""
+        """Queue a batch: per clip equally many frames (JPEG bytes, or (H, W, 3) uint8) and its view."""
 
     def collect(self) -> Tensor:
         """The oldest queued batch: (B, T, 3, H, W), normalised; float32 on the CPU, float16 on a GPU."""
@@ -54,7 +54,7 @@ def build_augmentation(
         return DaliAugmentation(encoded, num_images, num_frames, size, device, threads)
     if kind == "dali":
         raise ValueError(
-            "data.augmentation = dali, but DALI is not installed: pip install 'miles-fast[dali]', or use auto or pil"
+            "data.augmentation = dali, but DALI is not installed: pip install 'miles-fast[dali]', or use auto"
         )
     if kind == "auto":
         note_once("nvidia-dali is not installed: frames are decoded and resized by Pillow instead")
@@ -76,7 +76,7 @@ class DaliAugmentation:
             batch_size=num_images,
             num_threads=threads,
             device_id=(device.index or 0) if gpu else None,
-            prefetch_queue_depth=2,
+            prefetch_queue_depth=1,  # the caller submits a batch when it has collected the one before
             exec_dynamic=True,
         )
         def graph():

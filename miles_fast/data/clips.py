@@ -1,4 +1,4 @@
-"""One sample to what the augmentation takes: checked frames, view and caption; bad samples are substituted."""
+"""One sample to what the augmentation takes: checked frames, view, caption; bad samples substituted."""
 
 from __future__ import annotations
 

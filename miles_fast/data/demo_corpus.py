@@ -39,12 +39,16 @@ class DemoCorpus:
 
 
 def _encode(clip: np.ndarray, recipe: Recipe) -> bytes:
-    """The frames (T, H, W, 3) as an H.264 mp4; one thread, because x264's bytes depend on their number."""
+    """The frames (T, H, W, 3) as an H.264 mp4, with the same bytes every time.
+
+    One thread, because x264's bytes depend on their number. No macroblock tree: with it and B-frames, x264's
+    assembly (core 165) gave other bytes for about one clip in five as the contents of fresh memory changed.
+    """
     import av
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        options = {"preset": "veryfast", "crf": str(recipe.crf)}
+        options = {"preset": "veryfast", "crf": str(recipe.crf), "x264-params": "mbtree=0"}
         track = container.add_stream("libx264", rate=recipe.fps, options=options)
         track.width = track.height = recipe.pixels
         track.pix_fmt = "yuv420p"

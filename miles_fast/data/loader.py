@@ -108,7 +108,7 @@ class Loader:
         quarantine: Quarantine,
         draw_masks: Callable[[int], np.ndarray] | None = None,
     ) -> None:
-        """`draw_masks(micro_step)` gives the masks (B, M) of this rank; micro steps count from 0 over the run."""
+        """`draw_masks(micro_step)` gives this rank's masks (B, M); micro steps count from 0 over the run."""
         draw = ClipDraw(num_frames=data.frames_per_clip, crop_scale=data.crop_scale, flip=data.flip)
         self.sources = [ClipSource(source, data, draw, seed + i) for i, source in enumerate(data.train)]
         self.share, self.quarantine, self._draw_masks = share, quarantine, draw_masks
@@ -149,7 +149,7 @@ class Loader:
 
 
 class BatchFinisher:
-    """Clips to device tensors; one augmentation graph for each kind of input, two batches deep."""
+    """Clips to device tensors; one batch is decoded while the next is read, one graph a kind of input."""
 
     def __init__(
         self, data: DataConfig, image_size: int, tokenizer: Any, batch: int, device: torch.device
@@ -157,7 +157,7 @@ class BatchFinisher:
         self._data, self._image_size, self._tokenizer = data, image_size, tokenizer
         self._batch, self._device = batch, device
         self._graphs: dict[bool, Any] = {}
-        self._queue: deque[tuple[bool, tuple[str, ...], list[Tensor | None]]] = deque()
+        self._pending: tuple[bool, tuple[str, ...], list[Tensor | None]] | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def submit(self, source: ClipSource, clips: list[Clip], masks: np.ndarray | None) -> Iterator[Batch]:
@@ -173,23 +173,22 @@ class BatchFinisher:
                 device=self._device,
                 threads=self._data.threads,
             )
+        yield from self.flush()
         graph.submit([clip.frames for clip in clips], [clip.view for clip in clips])
         ids, attention = encode_captions(
             self._tokenizer, [clip.caption for clip in clips], self._data.caption_tokens
         )
         arrays = (ids, attention, masks)
         tensors = [torch.from_numpy(array) if array is not None else None for array in arrays]
-        self._queue.append((source.encoded, tuple(clip.key for clip in clips), tensors))
-        if len(self._queue) > 1:
-            yield self._collect()
+        self._pending = (source.encoded, tuple(clip.key for clip in clips), tensors)
 
     def flush(self) -> Iterator[Batch]:
-        """Yield what is still queued."""
-        while self._queue:
+        """Yield the batch that is still being decoded."""
+        if self._pending is not None:
             yield self._collect()
 
     def _collect(self) -> Batch:
-        encoded, keys, tensors = self._queue.popleft()
+        (encoded, keys, tensors), self._pending = self._pending, None
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             video = self._graphs[encoded].collect()
             ids, attention, masks = (
@@ -211,8 +210,8 @@ def evaluation_batches(
     samples: range | None = None,
     quarantine: Quarantine | None = None,
 ) -> Iterator[Batch]:
-    """Batches of `samples` (default: all) in order, as evaluation sees them; unreadable ones are left out, counted
-    in `quarantine`, never scored as misses."""
+    """Batches of `samples` (default: all) in order, as evaluation sees them; unreadable ones are counted
+    in `quarantine` and left out, never scored as misses."""
     source = ClipSource(config, data, ClipDraw(num_frames=data.frames_per_clip), seed=0)
     finish = BatchFinisher(data, image_size, tokenizer, batch, device)
     quarantine = quarantine or Quarantine(None)

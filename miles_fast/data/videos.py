@@ -1,9 +1,9 @@
-"""Frames out of one video, decoded with PyAV: the wanted ones, upright, or a SampleError that says why not."""
+"""Frames out of one video, decoded with PyAV: the wanted ones, upright, or a SampleError saying why."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from miles_fast.data.shards import SampleError
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg"
 _MAX_PIXELS = 8192 * 8192
 _HDR_TRANSFERS = {16: "smpte2084 (PQ)", 18: "arib-std-b67 (HLG)"}
-# A jump to a key frame refills the decoder's reorder delay; below this many frames it is cheaper to decode on.
+# A jump to a key frame refills the decoder's reorder delay; below this many frames it is cheaper to decode
+# on.
 _JUMP_FRAMES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipInfo:
-    """What a clip is: sizes after rotation, times from the first shown frame, one timestamp per chosen frame."""
+    """What a clip is: sizes after rotation, times from the first frame, a timestamp per chosen frame."""
 
     num_frames: int
     width: int
@@ -41,12 +42,14 @@ def read_frames(
 ) -> tuple[list[np.ndarray], ClipInfo]:
     """Decode the frames that `choose(num_frames)` names (indices in order of display; they may repeat).
 
-    `source` is a path or the bytes of a file; `name` stands in messages. Frames are (H, W, 3) uint8 RGB; rotation
-    is applied, transparency is laid on white. Frames are counted from the packets, never from the header. One
-    frame may be missing between decoded neighbours or at the end (hidden and dropped frames): its neighbour stands
-    in. The compressed video stream is held in memory and decoded on the calling thread alone.
+    `source` is a path or the bytes of a file; `name` stands in messages. Frames are (H, W, 3) uint8 RGB;
+    rotation is applied, transparency is laid on white. Frames are counted from the packets, never from the
+    header. One frame may be missing between decoded neighbours or at the end (hidden and dropped frames): its
+    neighbour stands in. The compressed video stream is held in memory and decoded on the calling thread
+    alone.
 
-    Raises SampleError: not decodable, no video stream, no decoder, no frames, truncated, frame too large, hdr video.
+    Raises SampleError: not decodable, no video stream, no decoder, no frames, truncated, frame too large, hdr
+    video.
     """
     import av
 
@@ -60,7 +63,7 @@ def read_frames(
             options = {"format_whitelist": _CONTAINERS}
             with av.open(file, mode="r", options=options, metadata_errors="replace") as container:
                 return _read(container, choose, allow_hdr, name)
-        except (av.error.FFmpegError, UnicodeDecodeError) as error:
+        except (av.error.FFmpegError, OSError, UnicodeDecodeError) as error:
             raise SampleError(f"{name}: cannot be decoded ({error})", "not decodable") from error
 
 
@@ -76,7 +79,7 @@ def _read(container, choose, allow_hdr: bool, name: str) -> tuple[list[np.ndarra
     if not len(chosen) or chosen.min() < 0 or chosen.max() >= len(times):
         raise ValueError(f"{name}: frames {chosen.tolist()} were chosen out of {len(times)}")
     wanted = sorted(set(chosen.tolist()))
-    frames = _ByTime(context, packets, times, name).frames(wanted)
+    frames = _decode_wanted(context, packets, times, wanted, name)
     first = next(iter(frames.values()))
     _refuse_hdr(first.color_trc, allow_hdr, name)
     pictures = {index: _upright(frame) for index, frame in frames.items()}
@@ -98,7 +101,9 @@ def _video_stream(container, name: str):
     """The first video stream that is no cover picture, set to decode on this thread."""
     from av.stream import Disposition
 
-    streams = [s for s in container.streams.video if not Disposition(s.disposition) & Disposition.attached_pic]
+    streams = [
+        s for s in container.streams.video if not Disposition(s.disposition) & Disposition.attached_pic
+    ]
     if not streams:
         raise SampleError(f"{name}: holds no video stream", "no video stream")
     stream = streams[0]
@@ -125,9 +130,7 @@ def _packets(container, stream, name: str) -> list:
         raise SampleError(f"{name}: its video stream holds no frames", "no frames")
     promised = stream.frames if container.format.name.startswith("mov") else 0
     if packets[-1].is_corrupt or len(packets) + 1 < promised:
-        raise SampleError(
-            f"{name}: ends after {len(packets)} of {promised or 'more'} frames; fetch it again", "truncated"
-        )
+        raise SampleError(f"{name}: ends after {len(packets)} of {promised or 'more'} frames", "truncated")
     return packets
 
 
@@ -156,60 +159,44 @@ def _numbered(packets: list, times: np.ndarray) -> bool:
     return len(set(shown)) < len(shown)
 
 
-class _ByTime:
-    """The decoder on its way through the packets of one clip."""
+def _decode_wanted(context, packets: list, times: np.ndarray, wanted: list[int], name: str) -> dict:
+    """Decoded frame for each wanted index (ascending), jumping to a later key packet where one precedes it."""
+    ranks = {} if _numbered(packets, times) else {int(time): rank for rank, time in enumerate(times)}
+    keys = [(packet.pts, place) for place, packet in enumerate(packets) if packet.is_keyframe and ranks]
+    keys = [(pts, place) for pts, place in keys if pts is not None]
+    found: dict[int, object] = {}
+    fed, shown = 0, 0
+    for index in wanted:
+        if index in found:
+            continue
+        entry = max((place for pts, place in keys if pts <= times[index]), default=0)
+        if entry > fed:
+            context.flush_buffers()
+            fed = entry
+        while index not in found and fed <= len(packets):
+            for frame in context.decode(packets[fed] if fed < len(packets) else None):
+                rank = ranks.get(frame.pts, shown) if ranks else shown
+                shown = rank + 1
+                found[rank] = frame
+            fed += 1
+        if index not in found:
+            near = next((rank for rank in (index - 1, index + 1) if rank in found), None)
+            if near is None:
+                raise SampleError(
+                    f"{name}: frame {index} of {len(times)} is promised by a packet but does not decode",
+                    "missing frames",
+                )
+            found[index] = found[near]
+    return {index: found[index] for index in wanted}
 
-    def __init__(self, context, packets: list, times: np.ndarray, name: str):
-        self.context, self.packets, self.times, self.name = context, packets, times, name
-        pts = [packet.pts for packet in packets if not packet.is_discard]
-        self.timed = None not in pts and len(set(pts)) == len(pts)
-        self.ranks = {int(time): rank for rank, time in enumerate(times)} if self.timed else {}
 
-    def frames(self, wanted: list[int]) -> dict[int, object]:
-        """Decoded frame for each wanted index (sorted), jumping over what need not be decoded."""
-        try:
-            return self._walk(wanted, jump=self.timed)
-        except SampleError as error:
-            # A key frame that is none (a wrong flag, an open group) costs frames after a jump: decode it all.
-            if error.cause != "missing frames" or not self.timed:
-                raise
-        return self._walk(wanted, jump=False)
-
-    def _walk(self, wanted: list[int], jump: bool) -> dict[int, object]:
-        found: dict[int, object] = {}
-        self._restart(0)
-        previous = current = None
-        for rank in wanted:
-            start = self._entry(rank) if jump else 0
-            if start > self.fed + _JUMP_FRAMES and (current is None or current[0] < rank):
-                self._restart(start)
-                previous = current = None
-            while current is None or current[0] < rank:
-                previous, current = current or previous, next(self.decoded, None)
-                if current is None:
-                    break
-            found[rank] = self._nearest(rank, previous, current)
-            current = current or previous
-        return found
-
-    def _nearest(self, rank: int, previous, current):
-        for near in (current, previous):
-            if near is not None and abs(near[0] - rank) <= (1 if near[0] != rank else 0):
-                return near[1]
-        raise SampleError(
-            f"{self.name}: frame {rank} of {len(self.times)} is promised by a packet but does not decode",
-            "missing frames",
-        )
-
-    def _entry(self, rank: int) -> int:
-        """Position of the last key packet from which this frame can be decoded."""
-        time = int(self.times[rank])
-        return self._entries[self._positions[time]]
-
-    def _restart(self, start: int) -> None:
-        self.context.flush_buffers()
-        self.fed = start
-        self.decoded = self._decode()
-
-    def _decode(self) -> Iterator[tuple[int, object]]:
-        raise NotImplementedError
+def _upright(frame) -> np.ndarray:
+    """RGB pixels of a decoded frame, turned upright, transparency laid on white."""
+    if "a" in frame.format.name and frame.format.name in ("rgba", "bgra", "argb", "abgr", "yuva420p", "pal8"):
+        pixels = frame.to_ndarray(format="rgba").astype(np.uint16)
+        alpha = pixels[..., 3:]
+        rgb = ((pixels[..., :3] * alpha + 255 * (255 - alpha)) // 255).astype(np.uint8)
+    else:
+        rgb = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb

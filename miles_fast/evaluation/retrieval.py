@@ -69,7 +69,7 @@ def embed_source(
     batch: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, list[str], Quarantine]:
-    """Unit text and video embeddings (G, E) of a source with the keys, on the CPU, in the order of the shards.
+    """Unit text and video embeddings (G, E) of a source, and keys, on the CPU, in the shards' order.
 
     Ranks share the work; every rank returns the whole gallery and must call it.
     """

@@ -23,7 +23,7 @@ def model_folder(path: str | Path) -> Path:
 
 
 def load(path: str | Path, device: str = "cpu") -> DualEncoder:
-    """The model of an exported folder, a run or a checkpoint; see `DualEncoder.encode_video`, `encode_text`."""
+    """The model of an exported folder, a run or a checkpoint."""
     return read_model(model_folder(path), device)
 
 

@@ -51,7 +51,7 @@ def read_description(folder: Path) -> tuple[ModelConfig, int]:
         description = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); name a folder that launch/export.py or a run has written"
+            f"{path}: cannot be read ({error.strerror}); name a folder written by launch/export.py or a run"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error

@@ -88,8 +88,9 @@ def _write(partial: Path, step: int, engine: Any, snapshot: Snapshot | None, con
 
 
 def find_checkpoint(run: Path, resume: str) -> Path | None:
-    """The checkpoint that `auto` (the run's latest, None where it has none) or a path (of a run or a checkpoint)
-    names. Raises CheckpointError when a path names none."""
+    """The checkpoint that `auto` (the run's latest, or None) or a path (a run's or a checkpoint's) names.
+
+    Raises CheckpointError when a path names none."""
     place = run if resume == "auto" else Path(resume)
     if (place / "state.json").is_file():
         return place
@@ -114,8 +115,8 @@ def read_step(checkpoint: Path, config: Config) -> int:
     changed = model_difference(state["config"]["model"], to_dict(config)["model"])
     if changed:
         raise CheckpointError(
-            f"{checkpoint} is of another architecture: {'; '.join(changed)}. Restore the model section, or start "
-            "a new run with run.init_from"
+            f"{checkpoint} is of another architecture: {'; '.join(changed)}. Restore the model section, or "
+            "start a new run with run.init_from"
         )
     return state["step"]
 

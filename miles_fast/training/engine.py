@@ -1,4 +1,4 @@
-"""DeepSpeed: its json read and checked against ours, the process group, and the engine around the objective."""
+"""DeepSpeed: its json checked against ours, the process group, the engine around the objective."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def init_process_group() -> torch.device:
 
 
 def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
-    """DeepSpeed engine around the objective; biases, norms, tokens and embeddings of tokens are not decayed."""
+    """DeepSpeed engine around the objective; weight decay spares biases, norms, tokens and positions."""
     import deepspeed
 
     if settings.stage == 0 and settings.bf16:
         note_once("bf16 with ZeRO 0: DeepSpeed takes a zero-gradient step at the start; stage 1 does not")
-    decayed = [p for p in objective.parameters() if p.requires_grad and p.ndim == 2]
-    others = [p for p in objective.parameters() if p.requires_grad and p.ndim != 2]
+    decayed = [p for p in objective.parameters() if p.requires_grad and p.ndim in (2, 4)]
+    others = [p for p in objective.parameters() if p.requires_grad and p.ndim not in (2, 4)]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     try:
         engine, *_ = deepspeed.initialize(model=objective, model_parameters=groups, config=settings.tree)

@@ -1,4 +1,4 @@
-"""The training loop: batches and masks in, losses, an optimizer step, the snapshot's step, log and checkpoints."""
+"""The training loop: batch, losses, an optimizer step, the snapshot's step, log, checkpoints."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def _masks(config: Config, settings: EngineSettings, micro_step: int) -> Any:
 
 
 def _initialize(objective: Objective, source: str) -> None:
-    """Take weights from an exported folder, or from the newest checkpoint of a run with its mask token and head."""
+    """Take weights from an exported folder, or from a run's newest checkpoint with mask token and head."""
     place = Path(source)
     if not (place / "model.json").is_file():
         checkpoint = find_checkpoint(place, str(place))

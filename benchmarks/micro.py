@@ -1,0 +1,249 @@
+"""Time each op against its reference, eager and compiled, at the trainer's shapes.
+
+    python benchmarks/micro.py [--op token_gather] [--sweep] [--json benchmarks/results/micro.json]
+
+An op that breaks the tests' error rule is not timed and the exit status is 1; without a CUDA GPU it is 2.
+GB/s are the bytes any implementation must move (kernels/cases.py) over the median time, for every
+implementation alike, so that an implementation that moves more shows a smaller figure; "of copy" is their
+share of a device-to-device copy timed in the same run. Peak memory is what one forward and backward needs
+beyond its inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from miles_fast.kernels import cases, feature_regression, token_gather
+
+COPY_BYTES = 1 << 30
+SWEEP_ROWS = (1, 2, 4, 8, 16, 32)
+SWEEP_WARPS = (1, 2, 4, 8)
+# A tile larger than this many numbers a thread only spills.
+SWEEP_NUMBERS_PER_THREAD = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """An op, what it is timed against, where, and the launch tables a sweep may vary."""
+
+    op: Callable
+    reference: Callable
+    trainer_cases: tuple[cases.Case, ...]
+    forward_table: dict[int, tuple[int, int]] | None = None
+    backward_table: dict[int, tuple[int, int]] | None = None
+
+
+CONTESTS = {
+    "token_gather": Contest(
+        op=token_gather.token_gather,
+        reference=token_gather.token_gather_reference,
+        trainer_cases=cases.TOKEN_GATHER_TRAINER,
+        forward_table=token_gather.LAUNCH_FORWARD,
+        backward_table=token_gather.LAUNCH_BACKWARD,
+    ),
+    "feature_regression": Contest(
+        op=feature_regression.feature_regression,
+        reference=feature_regression.feature_regression_reference,
+        trainer_cases=cases.FEATURE_REGRESSION_TRAINER,
+        forward_table=feature_regression.LAUNCH_FORWARD,
+        backward_table=feature_regression.LAUNCH_BACKWARD,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One row of the table: one implementation of one op at one case."""
+
+    op: str
+    case: str
+    implementation: str
+    forward_ms: float
+    both_ms: float
+    forward_gb_per_second: float
+    both_gb_per_second: float
+    forward_share_of_copy: float
+    both_share_of_copy: float
+    peak_mib: float
+
+
+def median_ms(call: Callable) -> float:
+    """Median GPU time of a call with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    return do_bench(call, return_mode="median")
+
+
+def copy_gb_per_second() -> float:
+    """Bytes read plus bytes written of a large device-to-device copy, per second."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    destination = torch.empty_like(source)
+    return 2 * COPY_BYTES / median_ms(lambda: destination.copy_(source)) / 1e6
+
+
+def peak_mib(call: Callable) -> float:
+    """Memory that a call allocates on top of what is there, at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def time_case(name: str, contest: Contest, case: cases.Case, copy_rate: float) -> list[Timing]:
+    """Ours, the eager reference and the compiled reference on the same inputs."""
+    inputs = case.inputs("cuda")
+    torch._dynamo.reset()
+    implementations = {
+        "triton": contest.op,
+        "eager": contest.reference,
+        "compiled": torch.compile(contest.reference, fullgraph=True, dynamic=False),
+    }
+    timings = []
+    for implementation, op in implementations.items():
+
+        def forward(op=op):
+            return case.call(op, inputs)
+
+        def both(op=op):
+            output = case.call(op, inputs)
+            return torch.autograd.grad(output, inputs.leaf, inputs.d_output.to(output.dtype))
+
+        both()
+        forward_ms, both_ms = median_ms(forward), median_ms(both)
+        forward_rate = case.forward_bytes / forward_ms / 1e6
+        both_rate = (case.forward_bytes + case.backward_bytes) / both_ms / 1e6
+        timings.append(
+            Timing(
+                op=name,
+                case=case.name,
+                implementation=implementation,
+                forward_ms=forward_ms,
+                both_ms=both_ms,
+                forward_gb_per_second=forward_rate,
+                both_gb_per_second=both_rate,
+                forward_share_of_copy=forward_rate / copy_rate,
+                both_share_of_copy=both_rate / copy_rate,
+                peak_mib=peak_mib(both),
+            )
+        )
+    return timings
+
+
+def sweep_table(contest: Contest, case: cases.Case, *, backward: bool) -> dict:
+    """Time every (rows, warps) of one direction at one case; the table is left as it was."""
+    import triton
+
+    table = contest.backward_table if backward else contest.forward_table
+    inputs = case.inputs("cuda")
+    block_width = triton.next_power_of_2(inputs.leaf.shape[-1])
+    before = table.get(block_width)
+    output = case.call(contest.op, inputs)
+    d_output = inputs.d_output.to(output.dtype)
+
+    def measured():
+        if backward:
+            return torch.autograd.grad(output, inputs.leaf, d_output, retain_graph=True)
+        return case.call(contest.op, inputs)
+
+    milliseconds = {}
+    try:
+        for rows in SWEEP_ROWS:
+            for num_warps in SWEEP_WARPS:
+                if rows * block_width > SWEEP_NUMBERS_PER_THREAD * 32 * num_warps:
+                    continue
+                table[block_width] = (rows, num_warps)
+                milliseconds[rows, num_warps] = median_ms(measured)
+    finally:
+        if before is None:
+            table.pop(block_width, None)
+        else:
+            table[block_width] = before
+    ranked = sorted(milliseconds, key=milliseconds.get)
+    direction = "backward" if backward else "forward"
+    print(f"{case.name} {direction}: {block_width}: {ranked[0]}, now {before}")
+    for rows, num_warps in ranked[:5] + ([before] if before in ranked[5:] else []):
+        print(f"    rows {rows:2d} warps {num_warps}: {milliseconds[rows, num_warps]:.4f} ms")
+    return {
+        "case": case.name,
+        "direction": direction,
+        "block_width": block_width,
+        "milliseconds": {f"{rows},{num_warps}": milliseconds[rows, num_warps] for rows, num_warps in ranked},
+    }
+
+
+def print_table(timings: list[Timing], copy_rate: float) -> None:
+    """The timings as one Markdown table."""
+    print(f"\n{torch.cuda.get_device_name()}, copy {copy_rate:.0f} GB/s\n")
+    print(
+        "| op | case | implementation | fwd ms | fwd+bwd ms | fwd GB/s | of copy | fwd+bwd GB/s | of copy | MiB |"
+    )
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for row in timings:
+        cells = (
+            f"{row.op} | {row.case} | {row.implementation} | {row.forward_ms:.4f} | {row.both_ms:.4f}"
+            f" | {row.forward_gb_per_second:.0f} | {row.forward_share_of_copy:.0%}"
+            f" | {row.both_gb_per_second:.0f} | {row.both_share_of_copy:.0%} | {row.peak_mib:.0f}"
+        )
+        print(f"| {cells} |")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=sorted(CONTESTS), action="append", help="only this op (repeatable)")
+    parser.add_argument("--sweep", action="store_true", help="time every launch parameter instead")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results and the versions here")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/micro.py needs a CUDA GPU: none is available", file=sys.stderr)
+        return 2
+    import triton
+
+    copy_rate = copy_gb_per_second()
+    timings, sweeps, refused = [], [], []
+    for name in options.op or CONTESTS:
+        contest = CONTESTS[name]
+        for case in contest.trainer_cases:
+            broken = cases.violations(case, contest.op, contest.reference, "cuda")
+            torch.cuda.empty_cache()
+            if broken:
+                refused.append(f"{name} {case.name}: {'; '.join(broken)}")
+                continue
+            if not options.sweep:
+                timings += time_case(name, contest, case, copy_rate)
+            elif contest.forward_table is not None:
+                sweeps += [sweep_table(contest, case, backward=backward) for backward in (False, True)]
+    if timings:
+        print_table(timings, copy_rate)
+    for line in refused:
+        print(f"not timed, breaks the error rule: {line}", file=sys.stderr)
+    if options.json is not None:
+        result = {
+            "gpu": torch.cuda.get_device_name(),
+            "copy_gb_per_second": copy_rate,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "cuda": torch.version.cuda,
+            },
+            "timings": [asdict(timing) for timing in timings],
+            "sweeps": sweeps,
+            "refused": refused,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Text-video retrieval of a model on shards: python launch/evaluate.py MODEL --shards 'DIR/*.tar'"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from miles_fast.config import DataConfig, SourceConfig
+from miles_fast.distributed import configure_logging
+from miles_fast.evaluation.retrieval import evaluate_retrieval, table
+from miles_fast.export.run import load, model_folder
+from miles_fast.models.text_encoder import load_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="an exported folder, a run or a checkpoint")
+    parser.add_argument("--shards", nargs="+", required=True, help="glob or brace patterns of tars")
+    parser.add_argument("--frames", type=int, default=4, help="frames per clip")
+    parser.add_argument("--caption-tokens", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--json", type=Path, help="also write the metrics here")
+    options = parser.parse_args()
+    configure_logging()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    folder = model_folder(options.model)
+    source = SourceConfig(shards=options.shards, name="evaluation")
+    data = DataConfig(train=[source], frames_per_clip=options.frames, caption_tokens=options.caption_tokens)
+    result = evaluate_retrieval(
+        load(folder, str(device)),
+        source,
+        data,
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        batch=options.batch,
+        device=device,
+    )
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,74 @@
+"""Pre-train MILES: deepspeed launch/pretrain.py --ds_config ds.json [--config FILE] [section.key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles_fast.config import Config, load_config
+from miles_fast.data.demo import prepare_demo
+from miles_fast.distributed import barrier, configure_logging, logger, rank
+from miles_fast.evaluation.retrieval import evaluate_retrieval
+from miles_fast.models.dual_encoder import DualEncoder
+from miles_fast.models.text_encoder import load_tokenizer
+from miles_fast.training.engine import init_process_group, read_ds_config
+from miles_fast.training.loop import pretrain
+
+ROOT = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ds_config", "--deepspeed_config", required=True, help="DeepSpeed's json")
+    parser.add_argument("--config", default=str(ROOT / "configs" / "demo.yaml"), help="default: the demo's")
+    parser.add_argument("--resume", help="auto, or the folder of a run or a checkpoint")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args()
+    config = load_config(options.config, options.overrides)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=ranks)
+    init_process_group()
+    configure_logging()
+    if config.data.demo_corpus:
+        if rank() == 0:
+            prepare_demo(Path(config.data.demo_corpus))
+        barrier()
+    pretrain(config, settings, resume=options.resume, evaluate=_evaluation(config, settings.batch))
+    logger.info("done: %s", config.run.folder)
+    barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _evaluation(config: Config, batch: int) -> Any:
+    if not config.data.evaluation:
+        return None
+    tokenizer = load_tokenizer(config.model.text.tokenizer_source)
+
+    def evaluate(model: DualEncoder, device: torch.device) -> dict[str, Any]:
+        results = {}
+        for source in config.data.evaluation:
+            result = evaluate_retrieval(
+                model, source, config.data, tokenizer=tokenizer, batch=batch, device=device
+            )
+            results[source.name] = asdict(result)
+            forth, back = result.text_to_video, result.video_to_text
+            logger.info("%s: R@1 %.2f / %.2f %%", source.name, 100 * forth.r1, 100 * back.r1)
+        return results
+
+    return evaluate
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("MILES_FAST_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

@@ -1,0 +1,21 @@
+"""The demo's data: the generated corpus prepared into frame shards, with its own vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from miles_fast.data.captions import build_vocabulary
+from miles_fast.data.demo_corpus import Recipe, build_demo_corpus
+from miles_fast.data.preparation import PreparationOptions, prepare
+from miles_fast.data.shards import ShardSet
+
+
+def prepare_demo(root: Path, recipe: Recipe | None = None, workers: int | None = None) -> None:
+    """Build under `root` what is missing or of another recipe: video/, frames/{train,heldout}/, tokenizer/."""
+    corpus = build_demo_corpus(root, recipe, workers)
+    options = PreparationOptions(frames=8, short_side=96)
+    for split, tars in (("train", corpus.train_tars), ("heldout", corpus.heldout_tars)):
+        prepare(tars, root / "frames" / split, options)
+    if not (root / "tokenizer" / "tokenizer.json").exists():
+        shards = ShardSet(sorted((root / "frames" / "train").glob("*.tar")))
+        build_vocabulary((shards.captions(i)[0] for i in range(len(shards))), root / "tokenizer")

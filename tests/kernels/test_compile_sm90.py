@@ -1,0 +1,183 @@
+"""Every kernel compiles for sm_90 at the trainer's width, without a GPU: no spills, 16-byte loads.
+
+TRITON_INTERPRET=1 turns Triton's own library (tl.sum, tl.cdiv) into Python as well, so that nothing can be
+compiled in the process of the CPU tests: this file runs itself as a program without the variable, once.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from miles_fast.kernels import feature_regression, token_gather, token_index  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+WIDTH, BLOCK_WIDTH = 768, 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    kernel: object
+    pointers: dict
+    constants: dict
+    num_warps: int
+    max_registers: int
+    vector_accesses: bool = True
+
+
+def _compilations():
+    for missing_is_zero in (False, True):
+        table = token_gather.LAUNCH_BACKWARD if missing_is_zero else token_gather.LAUNCH_FORWARD
+        rows, num_warps = table[BLOCK_WIDTH]
+        yield (
+            f"gather_rows-{'backward' if missing_is_zero else 'forward'}",
+            Compilation(
+                kernel=token_gather._gather_rows_kernel,
+                pointers={
+                    "source_ptr": "*bf16",
+                    "index_ptr": "*i32" if missing_is_zero else "*i64",
+                    "out_ptr": "*bf16",
+                },
+                constants={"MISSING_IS_ZERO": missing_is_zero, "ROWS": rows, "BLOCK_D": BLOCK_WIDTH},
+                num_warps=num_warps,
+                max_registers=64,
+            ),
+        )
+    yield (
+        "invert",
+        Compilation(
+            kernel=token_index._invert_kernel,
+            pointers={"index_ptr": "*i64", "inverse_ptr": "*i32"},
+            constants={"BLOCK": token_index._INVERT_BLOCK},
+            num_warps=4,
+            max_registers=64,
+            vector_accesses=False,
+        ),
+    )
+    for indexed in (False, True):
+        index = {"target_index_ptr": "*i64"} if indexed else {}
+        no_index = {} if indexed else {"target_index_ptr": None}
+        suffix = "indexed" if indexed else "in_order"
+        rows, num_warps = feature_regression.LAUNCH_FORWARD[BLOCK_WIDTH]
+        for normalization in feature_regression.NORMALIZATIONS:
+            yield (
+                f"compare_rows-{normalization}-{suffix}",
+                Compilation(
+                    kernel=feature_regression._compare_rows_kernel,
+                    pointers={
+                        "prediction_ptr": "*bf16",
+                        "target_ptr": "*bf16",
+                        "row_loss_ptr": "*fp32",
+                        "row_state_ptr": "*fp32",
+                        **({"prediction_index_ptr": "*i64"} if indexed else {}),
+                        **index,
+                    },
+                    constants={
+                        "NORMALIZATION": normalization,
+                        "EPS": 1e-6,
+                        "ROWS": rows,
+                        "BLOCK_D": BLOCK_WIDTH,
+                        **({} if indexed else {"prediction_index_ptr": None}),
+                        **no_index,
+                    },
+                    num_warps=num_warps,
+                    max_registers=128,
+                ),
+            )
+        rows, num_warps = feature_regression.LAUNCH_BACKWARD[BLOCK_WIDTH]
+        yield (
+            f"differentiate_rows-{suffix}",
+            Compilation(
+                kernel=feature_regression._differentiate_rows_kernel,
+                pointers={
+                    "prediction_ptr": "*bf16",
+                    "target_ptr": "*bf16",
+                    "row_state_ptr": "*fp32",
+                    "d_row_loss_ptr": "*fp32",
+                    "d_prediction_ptr": "*bf16",
+                    **({"inverse_ptr": "*i32"} if indexed else {}),
+                    **index,
+                },
+                constants={
+                    "ROWS": rows,
+                    "BLOCK_D": BLOCK_WIDTH,
+                    **({} if indexed else {"inverse_ptr": None}),
+                    **no_index,
+                },
+                num_warps=num_warps,
+                max_registers=64,
+            ),
+        )
+
+
+COMPILATIONS = dict(_compilations())
+
+
+def _compile(compilation):
+    """Compile as the launcher would specialise it: pointers, strides and D are multiples of 16, counts are not."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = compilation.kernel
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in compilation.constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = compilation.pointers.get(name, "fp32" if name == "weight" else "i32")
+        by_sixteen = (
+            name in compilation.pointers or name == "D" or name.endswith(("stride_clip", "stride_row"))
+        )
+        if by_sixteen or name in ("stride_clip", "stride_row"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=compilation.constants, attrs=attributes)
+    options = {"num_warps": compilation.num_warps}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.fixture(scope="module")
+def compiled_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sm90")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    subprocess.run([sys.executable, __file__, folder], env=environment, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", COMPILATIONS)
+def test_compiles_for_hopper(name, compiled_folder):
+    compilation = COMPILATIONS[name]
+    ptx = (compiled_folder / f"{name}.ptx").read_text()
+    assert re.search(r"^\.target sm_90a", ptx, flags=re.MULTILINE)
+    if compilation.vector_accesses:
+        assert re.search(r"ld\.global\.[\w.:]*v4\.b32", ptx), "no 16-byte loads"
+    command = [CUOBJDUMP, "-res-usage", compiled_folder / f"{name}.cubin"]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (
+        int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
+    )
+    assert (stack, local) == (0, 0), f"spills: {usage}"
+    assert registers <= compilation.max_registers, usage
+
+
+def test_every_kernel_is_compiled():
+    written = {
+        name
+        for module in (token_gather, token_index, feature_regression)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and hasattr(value, "fn")
+    }
+    assert written == {compilation.kernel.fn.__name__ for compilation in COMPILATIONS.values()}
+
+
+if __name__ == "__main__":
+    for name, compilation in COMPILATIONS.items():
+        compiled = _compile(compilation)
+        Path(sys.argv[1], f"{name}.ptx").write_text(compiled.asm["ptx"])
+        Path(sys.argv[1], f"{name}.cubin").write_bytes(compiled.asm["cubin"])
