@@ -11,7 +11,9 @@ from miles_fast.export.run import export_run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="a run, or one of its checkpoints (any ZeRO stage)")
-    parser.add_argument("--output", required=True, help="folder for model.safetensors, model.json, tokenizer/")
+    parser.add_argument(
+        "--output", required=True, help="folder for model.safetensors, model.json, tokenizer/"
+    )
     options = parser.parse_args()
     print(export_run(options.source, options.output) / "model.safetensors")
 

@@ -120,7 +120,7 @@ COMPILATIONS = dict(_compilations())
 
 
 def _compile(compilation):
-    """Compile as the launcher would specialise it: pointers, strides and D are multiples of 16, counts are not."""
+    """Compile as the launcher specialises it: pointers, strides and D are multiples of 16, counts are not."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

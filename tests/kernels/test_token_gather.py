@@ -54,10 +54,12 @@ def test_inverse_index_matches_its_reference(dtype):
     assert torch.equal(inverse, invert_token_index_reference(index, 6))
 
 
-def test_reads_views_whose_rows_are_not_contiguous():
+def test_reads_views_through_their_strides():
     channels_first = _tokens(2, 8, 5).transpose(1, 2)
     index = _index([4, 1], [0, 3])
     assert torch.equal(token_gather(channels_first, index), token_gather_reference(channels_first, index))
+    narrow = _tokens(2, 5, 20)[..., 4:12]
+    assert torch.equal(token_gather(narrow, index), token_gather_reference(narrow, index))
     tokens = _tokens().requires_grad_()
     (d_tokens,) = torch.autograd.grad(token_gather(tokens, index).sum(), tokens)
     assert d_tokens[:, :, 0].tolist() == [[0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0, 0.0]]

@@ -1,0 +1,39 @@
+"""miles-fast: pre-train MILES."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DALI = ["nvidia-dali-cuda130>=2.4,<2.5"]
+setup(
+    name="miles-fast",
+    version="0.1.0",
+    description="High-throughput pre-training of MILES, a dual encoder for video-text retrieval",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.13",
+    # kernels/ stays at the top level without an __init__.py: Hugging Face has a package of that name.
+    packages=[*find_packages(include=["miles_fast", "miles_fast.*"]), "miles_fast.kernels"],
+    package_dir={"miles_fast.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        'triton>=3.6,<3.8; platform_system=="Linux"',
+        "numpy>=1.26",
+        "deepspeed>=0.19.8,<0.20",
+        "webdataset>=1.0.2,<1.1",
+        "timm>=1.0.29,<1.1",
+        "transformers>=5.17,<6",
+        "av>=18,<19",
+        "pillow",
+        "pydantic>=2",
+        "pyyaml",
+        "safetensors",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={
+        "dali": DALI,
+        "gpu": [*DALI, "flash-attn-4[cu13]>=4.0.0b36,<5"],
+        "test": ["pytest", "pytest-timeout", "ruff"],
+    },
+)

@@ -1,0 +1,34 @@
+"""Set before any import of the package: kernels are interpreted where there is no GPU."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    gpus = torch.cuda.device_count()
+    for item in items:
+        for name, needed in (("gpu", 1), ("multigpu", 2)):
+            if item.get_closest_marker(name) and gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"{name}: needs {needed} CUDA GPU(s)"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real clips and weights, beside the checkout; tests that need it skip without it."""
+    place = Path(os.environ.get("MILES_FAST_SHARED", ROOT.parent / "shared"))
+    if not (place / "clips" / "manifest.json").is_file():
+        pytest.skip(f"{place}/clips: real clips are not here")
+    return place
