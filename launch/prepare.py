@@ -1,50 +1,49 @@
-"""Video tars, or a folder with captions, to frame shards:
+"""Turn video tars, or a folder and its caption file, into the frame shards that training reads.
 
-python launch/prepare.py 'videos/*.tar' --output frames
-python launch/prepare.py FOLDER --captions captions.csv --output frames
+python launch/prepare.py 'videos/{00000..00041}.tar' --output data/webvid
+python launch/prepare.py clips/ --captions clips/captions.csv --output data/clips
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
-from miles_fast.data.preparation import PreparationOptions, prepare
-from miles_fast.data.shards import expand_shards
+from miles_fast.data.clip_list import ClipListError
+from miles_fast.data.preparation import PreparationError, PreparationOptions, prepare
+from miles_fast.data.shards import ShardError
 
 
-def main() -> None:
+def main() -> int:
+    defaults = PreparationOptions()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", help="tars (glob or brace patterns), or one folder")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the frame shards")
-    parser.add_argument("--captions", help="csv, tsv or json with the captions of a folder")
-    parser.add_argument("--frames", type=int, default=8, help="frames kept of each clip")
-    parser.add_argument("--short-side", type=int, default=256, help="pixels; never enlarged")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
-    parser.add_argument("--samples-per-shard", type=int, default=512)
-    parser.add_argument("--limit", type=int, help="only the first samples")
-    parser.add_argument("--workers", type=int, help="processes; default: one a core")
-    options = parser.parse_args()
-    folder = len(options.inputs) == 1 and Path(options.inputs[0]).is_dir()
-    inputs = options.inputs if folder else expand_shards(options.inputs)
-    plan = PreparationOptions(
-        frames=options.frames,
-        short_side=options.short_side,
-        quality=options.quality,
-        samples_per_shard=options.samples_per_shard,
-        limit=options.limit,
-        captions=options.captions,
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="tars (braces and globs), or one folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the frame shards go")
+    parser.add_argument(
+        "--captions", metavar="FILE", help="csv, tsv, json or jsonl: the captions of a folder"
     )
-    print(json.dumps(asdict(prepare(inputs, options.output, plan, options.workers)), indent=2))
+    parser.add_argument("--frames", type=int, default=defaults.frames, help="frames kept of each clip")
+    parser.add_argument("--short-side", type=int, default=defaults.short_side, help="pixels; never enlarged")
+    parser.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality, 1 to 100")
+    parser.add_argument("--samples-per-shard", type=int, default=defaults.samples_per_shard)
+    parser.add_argument("--workers", type=int, help="processes; all cores by default")
+    parser.add_argument("--limit", type=int, help="stop after so many clips")
+    parser.add_argument("--allow-hdr", action="store_true", help="keep HDR videos, washed out")
+    given = vars(parser.parse_args())
+    inputs, output, captions = given.pop("inputs"), given.pop("output"), given.pop("captions")
+    try:
+        summary = prepare(inputs, output, PreparationOptions(**given), captions)
+    except (PreparationError, ClipListError, ShardError) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{summary.kept} clips in {len(summary.shards)} shards, {summary.num_bytes / 1e6:.1f} MB, "
+        f"{summary.seconds:.0f} s; dropped {sum(summary.dropped.values())} {summary.dropped or ''}"
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

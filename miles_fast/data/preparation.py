@@ -1,312 +1,287 @@
-"""Video tars, or a folder with a caption file, to frame shards: what training reads fastest.
+"""Preparation: videos or images with captions -> frame shards, the layout that training reads.
 
-A plan assigns every input sample to one output shard, as a pure function of inputs and options. A shard is
-written aside and renamed, with a record of what it kept and dropped, so that an interrupted preparation goes
-on where it stopped and the same input gives the same bytes.
+Reads tars in any layout or a folder with a caption file; writes `DIR/00000.tar` (KEY.00.jpg ..., KEY.txt, KEY.json)
+with its index, `quarantine.jsonl` and `summary.json`. What goes into which shard is a pure function of the input
+list and the options, so that an interrupted run goes on where it stopped and equal input gives equal bytes.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import time
-import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
+from miles_fast.data.clip_frames import encode_clip
+from miles_fast.data.clip_sources import FolderSource, TarSource
+from miles_fast.data.shards import SampleError, build_index, expand_shards
 
-from miles_fast.data.caption_files import Listed, list_folder
-from miles_fast.data.sampling import segment_frames
-from miles_fast.data.shard_index import build_index
-from miles_fast.data.shards import SampleError, ShardSet
-from miles_fast.data.videos import read_frames
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+# Part of the plan: a change of what is written for the same input must not mix with shards written before it.
+_FORMAT = 1
 
 
 class PreparationError(ValueError):
-    """A preparation that cannot go on; finished shards are kept."""
+    """Preparation cannot go on; the message names the file and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationOptions:
-    """`frames` per clip (middles of equal segments), short side in pixels (never enlarged), JPEG quality."""
+    """Frames kept of each clip, their short side in pixels (never enlarged), JPEG quality and clips a shard."""
 
     frames: int = 8
     short_side: int = 256
     quality: int = 90
     samples_per_shard: int = 512
+    workers: int | None = None
     limit: int | None = None
-    captions: str | None = None
+    allow_hdr: bool = False
+
+    def __post_init__(self):
+        for name in ("frames", "short_side", "samples_per_shard", "workers", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PreparationError(f"{name} is {value}; it must be at least 1")
+        if not 1 <= self.quality <= 100:
+            raise PreparationError(f"quality is {self.quality}; JPEG quality goes from 1 to 100")
+
+    def planned(self) -> dict:
+        """The options that decide what is written; the number of workers does not."""
+        return {name: value for name, value in asdict(self).items() if name != "workers"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a preparation did; also OUTPUT/summary.json."""
+    """What a preparation wrote; also in summary.json. `shards` are the tars, in order."""
 
     kept: int
     dropped: dict[str, int]
-    shards: int
-    bytes: int
+    shards: tuple[Path, ...]
+    num_bytes: int
     seconds: float
-    options: dict
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    options: PreparationOptions,
+    captions: str | Path | None = None,
+) -> Summary:
+    """Write frame shards of tars (patterns), or of one folder and its caption file, and return what became of them.
+
+    Finished shards of an earlier, interrupted call are kept. Raises PreparationError when the output belongs to
+    another plan, when keys repeat, when the disk is full or when no sample is usable; ShardError for bad tars.
+    """
+    start = time.monotonic()
+    source = _source([str(one) for one in inputs], captions)
+    output = Path(output)
+    num_samples = min(len(source), options.limit or len(source))
+    plan = _plan(source, num_samples, options)
+    _claim(output, plan)
+    ranges = [
+        range(first, min(first + options.samples_per_shard, num_samples))
+        for first in range(0, num_samples, options.samples_per_shard)
+    ]
+    records = {
+        number: record for number in range(len(ranges)) if (record := _finished(output, number, plan["plan"]))
+    }
+    missing = {number: samples for number, samples in enumerate(ranges) if number not in records}
+    job = _Job(source=source, output=output, options=options, plan=plan["plan"])
+    for record in _run(job, missing, num_samples):
+        records[record["shard"]] = record
+    return _report(output, [records[number] for number in sorted(records)], options, time.monotonic() - start)
+
+
+def _source(inputs: list[str], captions: str | Path | None) -> TarSource | FolderSource:
+    folders = [one for one in inputs if os.path.isdir(one)]
+    if folders and (len(inputs) > 1 or captions is None):
+        raise PreparationError(
+            f"{folders[0]} is a folder: give one folder and `--captions FILE` (csv, tsv, json), or tars as 'DIR/*.tar'"
+        )
+    if folders:
+        return FolderSource.open(Path(folders[0]), Path(captions))
+    if captions is not None:
+        raise PreparationError(
+            f"--captions {captions} goes with a folder of clips; tars carry their captions"
+        )
+    return TarSource.open(expand_shards(inputs))
+
+
+def _plan(source: TarSource | FolderSource, num_samples: int, options: PreparationOptions) -> dict:
+    digest = hashlib.sha256(json.dumps([_FORMAT, options.planned()], sort_keys=True).encode())
+    first: dict[str, int] = {}
+    for sample in range(num_samples):
+        key = source.key(sample)
+        if key in first:
+            raise PreparationError(
+                f"{source.describe(first[key])} and {source.describe(sample)} have the same key {key!r} (dots and "
+                "spaces become _): rename one, or prepare them into separate outputs"
+            )
+        first[key] = sample
+        digest.update(json.dumps([key, source.identity(sample)]).encode())
+    return {"plan": digest.hexdigest()[:16], "samples": num_samples, "options": options.planned()}
+
+
+def _claim(output: Path, plan: dict) -> None:
+    """Make the output folder this plan's, or refuse when it is another's."""
+    path = output / ".records" / "plan.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found != plan:
+            raise PreparationError(
+                f"{output} was begun with plan {found.get('plan')} ({found.get('samples')} samples, "
+                f"{found.get('options')}), this call has plan {plan['plan']} ({plan['samples']} samples, "
+                f"{plan['options']}): name another output, or delete {output}"
+            )
+        return
+    strangers = sorted(output.glob("*.tar"))
+    if strangers:
+        raise PreparationError(
+            f"{output} already holds {strangers[0].name}, not from here: name another output"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(plan))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    number: int
+    source: TarSource | FolderSource
     output: Path
-    plan: str
     options: PreparationOptions
-    tars: tuple[Path, ...]
-    samples: tuple[int, ...]
-    listed: tuple[Listed, ...]
+    plan: str
 
 
-def prepare(
-    inputs: Sequence[str | Path], output: Path, options: PreparationOptions, workers: int | None = None
-) -> Summary:
-    """Prepare tars, or one folder with `options.captions`, into OUTPUT/00000.tar ... with indexes.
+_job: _Job | None = None
 
-    Also writes summary.json and quarantine.jsonl (every dropped sample with its cause). Raises
-    PreparationError when OUTPUT holds another plan, when nothing could be kept, or when the disk is full;
-    ShardError for bad tars.
-    """
-    started = time.perf_counter()
-    jobs = _plan([Path(path) for path in inputs], output, options)
-    records = output / ".records"
-    records.mkdir(parents=True, exist_ok=True)
-    _claim(output, jobs[0].plan)
-    missing = [job for job in jobs if not _finished(job)]
-    workers = max(1, min(workers or os.cpu_count() or 1, len(missing)))
-    if missing:
-        _run(missing, workers, [len(job.samples) + len(job.listed) for job in missing])
-    done = [json.loads(_record_path(job).read_text()) for job in jobs]
-    dropped = [entry for record in done for entry in record["dropped"]]
-    summary = Summary(
-        kept=sum(len(record["kept"]) for record in done),
-        dropped=dict(Counter(entry["cause"] for entry in dropped)),
-        shards=sum(bool(record["kept"]) for record in done),
-        bytes=sum(record["bytes"] for record in done),
-        seconds=round(time.perf_counter() - started, 3),
-        options=asdict(options),
+
+def _take(job: _Job) -> None:
+    global _job
+    _job = job
+
+
+def _run(job: _Job, missing: dict[int, range], num_samples: int) -> Iterator[dict]:
+    """Records of the missing shards as they are finished."""
+    from tqdm import tqdm
+
+    workers = min(job.options.workers or os.cpu_count() or 1, len(missing))
+    done = num_samples - sum(map(len, missing.values()))
+    with tqdm(
+        total=num_samples, initial=done, unit="clip", desc=f"prepare {job.output}", disable=None
+    ) as bar:
+        if workers <= 1:
+            for number, samples in missing.items():
+                yield _write_shard(job, number, samples)
+                bar.update(len(samples))
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "webdataset"])
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_take, initargs=(job,))
+        try:
+            futures = {pool.submit(_work, number, samples): samples for number, samples in missing.items()}
+            for future in as_completed(futures):
+                yield future.result()
+                bar.update(len(futures[future]))
+        except BrokenProcessPool as error:
+            raise PreparationError(
+                f"{job.output}: a worker died (out of memory, or a decoder crashed); finished shards are kept: "
+                f"run the same command again, with fewer than {workers} workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _work(number: int, samples: range) -> dict:
+    assert _job is not None
+    return _write_shard(_job, number, samples)
+
+
+def _write_shard(job: _Job, number: int, samples: range) -> dict:
+    """Write one shard with its index and its record, each whole or not at all."""
+    from webdataset import TarWriter
+
+    path = job.output / f"{number:05d}.tar"
+    partial = path.with_name(f"{path.name}.partial")
+    kept: list[str] = []
+    dropped: list[dict] = []
+    try:
+        with (
+            open(partial, "wb") as file,
+            TarWriter(file, user="miles", group="miles", mtime=0, encoder=False) as tar,
+        ):
+            for sample in samples:
+                key = job.source.key(sample)
+                try:
+                    members = encode_clip(key, job.source.load(sample), job.options)
+                except SampleError as error:
+                    where = job.source.identity(sample)
+                    dropped.append({"key": key, "source": where, "cause": error.cause, "message": str(error)})
+                    continue
+                tar.write({"__key__": key, **members})
+                kept.append(key)
+        if kept:
+            os.replace(partial, path)
+            build_index(path)
+        num_bytes = path.stat().st_size if kept else 0
+        record = {"plan": job.plan, "shard": number, "bytes": num_bytes, "kept": kept, "dropped": dropped}
+        _write(_record_path(job.output, number), json.dumps(record))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PreparationError(
+            f"{path}: the disk is full; finished shards are kept: make room and run the same command again"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return record
+
+
+def _record_path(output: Path, number: int) -> Path:
+    return output / ".records" / f"{number:05d}.json"
+
+
+def _finished(output: Path, number: int, plan: str) -> dict | None:
+    """Record of a shard that an earlier call finished and that is still as it left it."""
+    path = output / f"{number:05d}.tar"
+    try:
+        record = json.loads(_record_path(output, number).read_text())
+        whole = not record["kept"] or (
+            path.stat().st_size == record["bytes"] and path.with_suffix(".idx").is_file()
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if whole and record["plan"] == plan else None
+
+
+def _report(output: Path, records: list[dict], options: PreparationOptions, seconds: float) -> Summary:
+    dropped = [line for record in records for line in record["dropped"]]
+    _write(
+        output / "quarantine.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in dropped)
     )
-    _write(output / "quarantine.jsonl", "".join(json.dumps(entry) + "\n" for entry in dropped))
-    if missing or not (output / "summary.json").exists():
-        _write(output / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
+    summary = Summary(
+        kept=sum(len(record["kept"]) for record in records),
+        dropped=dict(sorted(Counter(line["cause"] for line in dropped).items())),
+        shards=tuple(output / f"{record['shard']:05d}.tar" for record in records if record["kept"]),
+        num_bytes=sum(record["bytes"] for record in records),
+        seconds=round(seconds, 2),
+    )
+    written = asdict(summary) | {"shards": [path.name for path in summary.shards], "options": asdict(options)}
+    written["not_written"] = [f"{record['shard']:05d}.tar" for record in records if not record["kept"]]
+    _write(output / "summary.json", json.dumps(written, indent=1) + "\n")
     if not summary.kept:
         raise PreparationError(
-            f"{output}: none of {len(dropped)} samples could be kept ({summary.dropped}); see quarantine.jsonl there"
+            f"{output}: none of {len(dropped)} samples is usable {summary.dropped}; see {output / 'quarantine.jsonl'}"
         )
     return summary
 
 
-def _plan(inputs: list[Path], output: Path, options: PreparationOptions) -> list[_Job]:
-    listed: list[Listed] = []
-    tars: tuple[Path, ...] = ()
-    if len(inputs) == 1 and inputs[0].is_dir():
-        if options.captions is None:
-            raise PreparationError(f"{inputs[0]} is a folder: name its caption file with --captions FILE")
-        listed = list_folder(inputs[0], Path(options.captions))
-        keys, total = [item.key for item in listed], len(listed)
-        facts = [(item.name, item.captions) for item in listed]
-    else:
-        tars = tuple(inputs)
-        shards = ShardSet(tars)
-        total = len(shards)
-        keys = [_clean(shards.key(sample)) for sample in range(total)]
-        facts = [(tar.name, tar.stat().st_size) for tar in tars]
-    repeated = [key for key, count in Counter(keys).items() if count > 1]
-    if repeated:
-        raise PreparationError(
-            f"{len(repeated)} keys occur twice in the input, e.g. {repeated[:3]}: make them unique"
-        )
-    total = min(total, options.limit or total)
-    plan = hashlib.sha256(json.dumps([facts, asdict(options)]).encode()).hexdigest()[:16]
-    size = options.samples_per_shard
-    return [
-        _Job(
-            number=start // size,
-            output=output,
-            plan=plan,
-            options=options,
-            tars=tars,
-            samples=tuple(range(start, min(start + size, total))) if tars else (),
-            listed=tuple(listed[start : min(start + size, total)]),
-        )
-        for start in range(0, total, size)
-    ]
-
-
-def _claim(output: Path, plan: str) -> None:
-    path = output / ".records" / "plan"
-    if path.exists() and path.read_text() != plan:
-        raise PreparationError(
-            f"{output} holds shards of another preparation (other inputs or options); delete it, or name another "
-            "--output"
-        )
-    _write(path, plan)
-
-
-def _run(jobs: list[_Job], workers: int, sizes: list[int]) -> None:
-    from tqdm import tqdm
-
-    with (
-        tqdm(total=sum(sizes), unit="clip", desc="prepare", mininterval=1.0) as bar,
-        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
-        futures = {pool.submit(_write_shard, job): size for job, size in zip(jobs, sizes, strict=True)}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(futures[future])
-        except OSError as error:
-            pool.shutdown(cancel_futures=True)
-            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-            raise PreparationError(
-                f"{jobs[0].output}: a shard could not be written ({reason}); finished shards are kept, the same "
-                "command goes on behind them"
-            ) from error
-
-
-def _write_shard(job: _Job) -> None:
-    import webdataset
-
-    tar = _tar_path(job)
-    partial = tar.with_suffix(".tar.partial")
-    shards = ShardSet(job.tars) if job.tars else None
-    kept, dropped = [], []
-    try:
-        with webdataset.TarWriter(str(partial), encoder=False, mtime=0.0) as writer:
-            for item in [*job.samples, *job.listed]:
-                try:
-                    sample = _prepare_sample(item, shards, job.options)
-                except SampleError as error:
-                    key = item.key if isinstance(item, Listed) else shards.key(item)
-                    source = str(item.path if isinstance(item, Listed) else shards.shard(item))
-                    dropped.append(
-                        {"key": key, "source": source, "cause": error.cause, "message": str(error)}
-                    )
-                    continue
-                writer.write(sample)
-                kept.append(sample["__key__"])
-        if kept:
-            os.replace(partial, tar)
-            build_index(tar)
-    finally:
-        partial.unlink(missing_ok=True)
-    size = tar.stat().st_size if kept else 0
-    record = {"plan": job.plan, "kept": kept, "dropped": dropped, "bytes": size}
-    _write(_record_path(job), json.dumps(record))
-
-
-def _prepare_sample(
-    item: int | Listed, shards: ShardSet | None, options: PreparationOptions
-) -> dict[str, str | bytes]:
-    def choose(count: int) -> np.ndarray:
-        return segment_frames(count, min(options.frames, count))
-
-    if isinstance(item, Listed):
-        if not item.captions:
-            raise SampleError(
-                f"{item.path}: {item.problem or 'has no caption'}", item.problem or "no caption"
-            )
-        captions, key, origin = list(item.captions), item.key, {"file": item.name}
-        if item.path.suffix.lower() in IMAGES:
-            pictures, info = (
-                [_open_image(item.path)],
-                {"num_frames": 1, "codec": item.path.suffix[1:].lower()},
-            )
-        else:
-            pictures, clip = read_frames(item.path, choose)
-            info = asdict(clip)
-    else:
-        assert shards is not None
-        captions, key = shards.captions(item, every=True), _clean(shards.key(item))
-        origin = {"shard": shards.shard(item).name, "key": shards.key(item)}
-        if shards.layout(item) == "video":
-            data = shards.read(item, shards.video_extension(item))
-            pictures, clip = read_frames(data, choose, name=shards.describe(item))
-            info = asdict(clip)
-        else:
-            extensions = shards.frame_extensions(item)
-            chosen = [extensions[i] for i in choose(len(extensions))]
-            pictures = [_open_image(io.BytesIO(shards.read(item, e)), shards.describe(item)) for e in chosen]
-            info = {"num_frames": len(extensions), "codec": "images"}
-    jpegs, (width, height) = _encode(pictures, options)
-    record = {
-        "key": key,
-        "num_frames": len(jpegs),
-        "width": width,
-        "height": height,
-        "timestamps_seconds": info.pop("timestamps_seconds", [0.0] * len(jpegs)),
-        "crc32": [zlib.crc32(jpeg) for jpeg in jpegs],
-        "source": {**origin, **info},
-    }
-    if len(captions) > 1:
-        record["captions"] = captions
-    frames = {f"{number:02d}.jpg": jpeg for number, jpeg in enumerate(jpegs)}
-    return {"__key__": key, **frames, "txt": captions[0].encode(), "json": json.dumps(record).encode()}
-
-
-def _encode(pictures: list, options: PreparationOptions) -> tuple[list[bytes], tuple[int, int]]:
-    from PIL import Image
-
-    jpegs = []
-    for picture in pictures:
-        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-        scale = options.short_side / min(image.size)
-        if scale < 1:
-            size = tuple(max(1, round(side * scale)) for side in image.size)
-            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=options.quality)
-        jpegs.append(buffer.getvalue())
-    return jpegs, image.size
-
-
-def _open_image(source: Path | io.BytesIO, name: str | None = None):
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SampleError(f"{name or source}: not a readable image ({error})", "not decodable") from error
-
-
-def _clean(key: str) -> str:
-    """WebDataset keys end at the first dot of the file's name, and prepared keys hold no folder."""
-    return key.replace(".", "_").replace("/", "_")
-
-
-def _tar_path(job: _Job) -> Path:
-    return job.output / f"{job.number:05d}.tar"
-
-
-def _record_path(job: _Job) -> Path:
-    return job.output / ".records" / f"{job.number:05d}.json"
-
-
-def _finished(job: _Job) -> bool:
-    try:
-        record = json.loads(_record_path(job).read_text())
-    except (OSError, ValueError):
-        return False
-    tar = _tar_path(job)
-    whole = not record["kept"] or (tar.exists() and tar.with_suffix(".idx").exists())
-    return record["plan"] == job.plan and whole
-
-
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)

@@ -58,7 +58,7 @@ def expand_shards(patterns: str | Sequence[str]) -> list[Path]:
         if not matches:
             raise ShardError(
                 f"no shard matches {str(pattern)!r} (working directory {os.getcwd()}): correct the "
-                "path, or write shards with `python launch/prepare.py INPUT --output DIR`, named as 'DIR/*.tar'"
+                "path, or write shards with `python launch/prepare.py INPUT --output DIR`: 'DIR/*.tar'"
             )
         found |= matches
     return sorted(found)
@@ -158,7 +158,7 @@ class ShardSet:
                 return kind
         raise SampleError(
             f"{self.describe(sample)} has neither frames nor a video nor an image, only "
-            f"{self.extensions(sample)} (what follows the first dot of a name is its extension: keys have none)",
+            f"{self.extensions(sample)} (what follows the first dot of a name is the extension)",
             "no media",
         )
 
@@ -234,7 +234,7 @@ class ShardSet:
         """Captions of one sample: the whole of KEY.txt, else `caption` or `captions` of KEY.json.
 
         With `every`, the list `captions` of KEY.json comes first: preparation keeps all captions of a clip
-        there and the first one in KEY.txt. Raises SampleError: no caption, empty caption, caption not readable.
+        there and the first one in KEY.txt. SampleError: no caption, empty caption, caption not readable.
         """
         extensions = self.extensions(sample)
         if "json" in extensions and (every or "txt" not in extensions):

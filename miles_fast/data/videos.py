@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def read_frames(
     allow_hdr: bool = False,
     name: str | None = None,
 ) -> tuple[list[np.ndarray], ClipInfo]:
-    """Decode the frames that `choose(num_frames)` names (indices in order of display; they may repeat).
+    """Decode the frames that `choose(num_frames)` names: indices in order of display, which may repeat.
 
     `source` is a path or the bytes of a file; `name` stands in messages. Frames are (H, W, 3) uint8 RGB;
     rotation is applied, transparency is laid on white. Frames are counted from the packets, never from the
@@ -55,7 +56,7 @@ def read_frames(
 
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
     except OSError as error:
         raise SampleError(f"{name}: cannot be read ({error.strerror})", "not readable") from error
     with file:
@@ -73,37 +74,33 @@ def _read(container, choose, allow_hdr: bool, name: str) -> tuple[list[np.ndarra
     if context.width * context.height > _MAX_PIXELS:
         raise SampleError(f"{name}: frames of {context.width}x{context.height} pixels", "frame too large")
     _refuse_hdr(context.color_trc, allow_hdr, name)
-    packets = _packets(container, stream, name)
-    times = _display_times(packets)
-    chosen = np.asarray(choose(len(times)), dtype=np.int64).reshape(-1)
-    if not len(chosen) or chosen.min() < 0 or chosen.max() >= len(times):
-        raise ValueError(f"{name}: frames {chosen.tolist()} were chosen out of {len(times)}")
-    wanted = sorted(set(chosen.tolist()))
-    frames = _decode_wanted(context, packets, times, wanted, name)
-    first = next(iter(frames.values()))
+    track = _Track(_packets(container, stream, name))
+    chosen = np.asarray(choose(track.num_frames), dtype=np.int64).reshape(-1).tolist()
+    if not chosen or min(chosen) < 0 or max(chosen) >= track.num_frames:
+        raise ValueError(f"{name}: frames {chosen} were chosen out of {track.num_frames}")
+    frames = _decode(context, track, sorted(set(chosen)), name)
+    first = frames[min(chosen)]
     _refuse_hdr(first.color_trc, allow_hdr, name)
-    pictures = {index: _upright(frame) for index, frame in frames.items()}
-    seconds = _seconds(packets, times, stream)
-    height, width = pictures[wanted[0]].shape[:2]
+    pictures = {rank: _picture(frame) for rank, frame in frames.items()}
+    seconds = track.seconds(stream.time_base, stream.average_rate or stream.guessed_rate)
+    height, width = pictures[min(chosen)].shape[:2]
     info = ClipInfo(
-        num_frames=len(times),
+        num_frames=track.num_frames,
         width=width,
         height=height,
         duration_seconds=seconds[-1],
-        timestamps_seconds=tuple(seconds[index] for index in chosen.tolist()),
+        timestamps_seconds=tuple(seconds[rank] for rank in chosen),
         rotation=first.rotation,
         codec=context.codec.canonical_name,
     )
-    return [pictures[index] for index in chosen.tolist()], info
+    return [pictures[rank] for rank in chosen], info
 
 
 def _video_stream(container, name: str):
     """The first video stream that is no cover picture, set to decode on this thread."""
     from av.stream import Disposition
 
-    streams = [
-        s for s in container.streams.video if not Disposition(s.disposition) & Disposition.attached_pic
-    ]
+    streams = [s for s in container.streams.video if not int(s.disposition) & int(Disposition.attached_pic)]
     if not streams:
         raise SampleError(f"{name}: holds no video stream", "no video stream")
     stream = streams[0]
@@ -117,8 +114,8 @@ def _video_stream(container, name: str):
 def _refuse_hdr(transfer: int, allow_hdr: bool, name: str) -> None:
     if not allow_hdr and transfer in _HDR_TRANSFERS:
         raise SampleError(
-            f"{name}: HDR video, transfer {_HDR_TRANSFERS[transfer]}, would come out washed out; convert it to "
-            "bt709 first, or allow_hdr",
+            f"{name}: HDR video, transfer {_HDR_TRANSFERS[transfer]}, would come out washed out; convert "
+            "it to bt709 first, or allow_hdr",
             "hdr video",
         )
 
@@ -126,77 +123,150 @@ def _refuse_hdr(transfer: int, allow_hdr: bool, name: str) -> None:
 def _packets(container, stream, name: str) -> list:
     """All packets of the stream in the order of decoding."""
     packets = [packet for packet in container.demux(stream) if packet.size]
-    if not any(not packet.is_discard for packet in packets):
+    if all(packet.is_discard for packet in packets):
         raise SampleError(f"{name}: its video stream holds no frames", "no frames")
+    # Only mp4 keeps a table of its frames; the counts of other headers are guesses.
     promised = stream.frames if container.format.name.startswith("mov") else 0
     if packets[-1].is_corrupt or len(packets) + 1 < promised:
-        raise SampleError(f"{name}: ends after {len(packets)} of {promised or 'more'} frames", "truncated")
+        raise SampleError(
+            f"{name}: ends after {len(packets)} of {promised or 'more'} frames; fetch it again", "truncated"
+        )
     return packets
 
 
-def _display_times(packets: list) -> np.ndarray:
-    """Presentation time of each frame in order of display; the frame number where packets do not say."""
-    shown = [packet.pts for packet in packets if not packet.is_discard]
-    if None in shown or len(set(shown)) < len(shown):
-        return np.arange(len(shown))
-    return np.sort(np.array(shown, dtype=np.int64))
+class _Track:
+    """Packets of one clip in the order of decoding, and its frames ranked in the order of display.
+
+    Packets without times, or with equal ones, are ranked in the order in which frames leave the decoder.
+    """
+
+    def __init__(self, packets: list):
+        shown = [packet.pts for packet in packets if not packet.is_discard]
+        self.packets = packets
+        self.num_frames = len(shown)
+        self.timed = None not in shown and len(set(shown)) == len(shown)
+        self.times = sorted(shown) if self.timed else []
+        self.ranks = {time: rank for rank, time in enumerate(self.times)}
+        self.entries = self._entries() if self.timed else [0] * self.num_frames
+
+    def _entries(self) -> list[int]:
+        """For each rank the position of the last key packet from which that frame can be decoded."""
+        entries = [0] * self.num_frames
+        keys: list[tuple[int, int]] = []
+        for position, packet in enumerate(self.packets):
+            if packet.is_keyframe and packet.pts is not None:
+                keys.append((position, packet.pts))
+            if not packet.is_discard:
+                # A frame shown before the last key packet (open group) still needs the group before it.
+                reachable = (start for start, time in reversed(keys[-2:]) if time <= packet.pts)
+                entries[self.ranks[packet.pts]] = next(reachable, 0)
+        return entries
+
+    def seconds(self, time_base: Fraction, rate: Fraction | None) -> list[float]:
+        """Time of every frame from the first one on, and the clip's duration."""
+        step = 1 / rate if rate else Fraction(0)
+        if not self.timed:
+            return [round(float(rank * step), 6) for rank in range(self.num_frames + 1)]
+        last = next(
+            packet for packet in self.packets if packet.pts == self.times[-1] and not packet.is_discard
+        )
+        offsets = [(time - self.times[0]) * time_base for time in self.times]
+        offsets.append(offsets[-1] + (last.duration * time_base if last.duration else step))
+        return [round(float(offset), 6) for offset in offsets]
 
 
-def _seconds(packets: list, times: np.ndarray, stream) -> list[float]:
-    """Time of each frame from the first one, then the clip's duration."""
-    rate = stream.average_rate or stream.guessed_rate
-    if any(packet.pts is None for packet in packets) or stream.time_base is None or _numbered(packets, times):
-        step = float(1 / rate) if rate else 0.0
-        return [round(index * step, 6) for index in range(len(times) + 1)]
-    scale = stream.time_base
-    last = next(packet for packet in packets if packet.pts == times[-1])
-    end = times[-1] + (last.duration or 0) if last.duration or not rate else times[-1] + int(1 / rate / scale)
-    return [round(float(int(time - times[0]) * scale), 6) for time in (*times, end)]
+def _decode(context, track: _Track, wanted: list[int], name: str) -> dict:
+    """The frame of each wanted rank (sorted), jumping over what need not be decoded."""
+    frames, missing = _walk(context, track, wanted, track.entries, name)
+    if missing is not None and any(track.entries):
+        # A key frame that is none (a wrong flag, a missing reference) costs frames after a jump.
+        context.flush_buffers()
+        frames, missing = _walk(context, track, wanted, [0] * track.num_frames, name)
+    if missing is not None:
+        raise SampleError(
+            f"{name}: frame {missing} of {track.num_frames} has a packet, but it and its neighbours do not decode",
+            "missing frames",
+        )
+    damaged = [rank for rank, frame in frames.items() if frame.is_corrupt]
+    if damaged:
+        raise SampleError(f"{name}: frame {damaged[0]} of {track.num_frames} is damaged", "not decodable")
+    return frames
 
 
-def _numbered(packets: list, times: np.ndarray) -> bool:
-    shown = [packet.pts for packet in packets if not packet.is_discard]
-    return len(set(shown)) < len(shown)
+def _walk(
+    context, track: _Track, wanted: list[int], entries: list[int], name: str
+) -> tuple[dict, int | None]:
+    """Frames by rank, and the first rank that has no decoded frame beside it, if any."""
+    found: dict = {}
+    feed = _Feed(context, track, name)
+    before = at = None
+    for rank in wanted:
+        if at is None or at[0] < rank:
+            if entries[rank] > feed.position + _JUMP_FRAMES:
+                feed.jump(entries[rank])
+                before = at = None
+            while at is None or at[0] < rank:
+                before, at = at or before, feed.next()
+                if at is None:
+                    break
+        near = [pair for pair in (at, before) if pair is not None and abs(pair[0] - rank) <= 1]
+        if not near:
+            return found, rank
+        found[rank] = min(near, key=lambda pair: abs(pair[0] - rank))[1]
+    return found, None
 
 
-def _decode_wanted(context, packets: list, times: np.ndarray, wanted: list[int], name: str) -> dict:
-    """Decoded frame for each wanted index (ascending), jumping to a later key packet where one precedes it."""
-    ranks = {} if _numbered(packets, times) else {int(time): rank for rank, time in enumerate(times)}
-    keys = [(packet.pts, place) for place, packet in enumerate(packets) if packet.is_keyframe and ranks]
-    keys = [(pts, place) for pts, place in keys if pts is not None]
-    found: dict[int, object] = {}
-    fed, shown = 0, 0
-    for index in wanted:
-        if index in found:
-            continue
-        entry = max((place for pts, place in keys if pts <= times[index]), default=0)
-        if entry > fed:
-            context.flush_buffers()
-            fed = entry
-        while index not in found and fed <= len(packets):
-            for frame in context.decode(packets[fed] if fed < len(packets) else None):
-                rank = ranks.get(frame.pts, shown) if ranks else shown
-                shown = rank + 1
-                found[rank] = frame
-            fed += 1
-        if index not in found:
-            near = next((rank for rank in (index - 1, index + 1) if rank in found), None)
-            if near is None:
-                raise SampleError(
-                    f"{name}: frame {index} of {len(times)} is promised by a packet but does not decode",
-                    "missing frames",
-                )
-            found[index] = found[near]
-    return {index: found[index] for index in wanted}
+class _Feed:
+    """Feeds packets to the decoder from a position on and hands out (rank, frame) as they come."""
+
+    def __init__(self, context, track: _Track, name: str):
+        self.context, self.track, self.name = context, track, name
+        self.position = 0
+        self._ready: list = []
+        self._count = 0
+
+    def jump(self, position: int) -> None:
+        self.context.flush_buffers()
+        self.position = position
+        self._ready = []
+
+    def next(self) -> tuple[int, object] | None:
+        while not self._ready:
+            if self.position > len(self.track.packets):
+                return None
+            self._ready = [(self._rank(frame), frame) for frame in self._decoded()]
+            self._ready = [pair for pair in self._ready if pair[0] is not None]
+        return self._ready.pop(0)
+
+    def _rank(self, frame) -> int | None:
+        self._count += 1
+        if not self.track.timed:
+            return self._count - 1
+        return self.track.ranks.get(frame.dts if frame.pts is None else frame.pts)
+
+    def _decoded(self) -> list:
+        import av
+
+        packets, position = self.track.packets, self.position
+        self.position += 1
+        try:
+            return self.context.decode(packets[position] if position < len(packets) else None)
+        except av.error.FFmpegError as error:
+            if position == len(packets) - 1:
+                return []
+            raise SampleError(
+                f"{self.name}: packet {position} of {len(packets)} does not decode ({error.strerror})",
+                "not decodable",
+            ) from error
 
 
-def _upright(frame) -> np.ndarray:
-    """RGB pixels of a decoded frame, turned upright, transparency laid on white."""
-    if "a" in frame.format.name and frame.format.name in ("rgba", "bgra", "argb", "abgr", "yuva420p", "pal8"):
+def _picture(frame) -> np.ndarray:
+    """RGB pixels of one frame, transparency on white, turned upright."""
+    if any(component.is_alpha for component in frame.format.components):
         pixels = frame.to_ndarray(format="rgba").astype(np.uint16)
         alpha = pixels[..., 3:]
-        rgb = ((pixels[..., :3] * alpha + 255 * (255 - alpha)) // 255).astype(np.uint8)
+        picture = ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     else:
-        rgb = frame.to_ndarray(format="rgb24")
+        picture = frame.to_ndarray(format="rgb24")
     turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture

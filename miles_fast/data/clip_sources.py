@@ -1,0 +1,113 @@
+"""Where preparation finds clips: tars in any layout, or a folder with a caption file. Both are picklable."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from miles_fast.data.clip_list import ListedClip, list_clips
+from miles_fast.data.shards import IMAGE_EXTENSIONS, SampleError, ShardSet
+
+# A ustar name holds 100 bytes; what is appended is a frame number and an extension.
+_MAX_KEY_BYTES = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """One clip to prepare: the bytes or path of its video, or its pictures, and what is said of it."""
+
+    video: bytes | Path | None
+    pictures: tuple[bytes | Path, ...]
+    captions: tuple[str, ...]
+    source: dict[str, str]
+    name: str
+
+
+def safe_key(name: str) -> str:
+    """A WebDataset key for a name: no dots, no white space, short enough for a tar header."""
+    parts = name.encode("utf-8", "replace").decode("utf-8").strip("/").split("/")
+    key = "/".join("".join("_" if c.isspace() or c == "." else c for c in part) for part in parts)
+    if len(key.encode()) <= _MAX_KEY_BYTES:
+        return key
+    short = key.rpartition("/")[2].encode()[: _MAX_KEY_BYTES - 13].decode("utf-8", "ignore")
+    return f"{short}_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """Clips of WebDataset tars."""
+
+    shards: ShardSet
+
+    @classmethod
+    def open(cls, paths: Sequence[Path]) -> TarSource:
+        return cls(ShardSet(paths))
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def key(self, sample: int) -> str:
+        return safe_key(self.shards.key(sample))
+
+    def identity(self, sample: int) -> str:
+        return f"{self.shards.shard(sample).name}:{self.shards.key(sample)}"
+
+    def describe(self, sample: int) -> str:
+        return self.shards.describe(sample)
+
+    def load(self, sample: int) -> Clip:
+        captions = tuple(self.shards.captions(sample, every=True))
+        video, pictures = None, ()
+        if self.shards.layout(sample) == "video":
+            video = self.shards.read(sample, self.shards.video_extension(sample))
+        else:
+            pictures = tuple(self.shards.read(sample, e) for e in self.shards.frame_extensions(sample))
+        key = self.shards.key(sample)
+        source = {"shard": self.shards.shard(sample).name}
+        return Clip(video=video, pictures=pictures, captions=captions, source=source, name=key)
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Clips of one folder, as a caption file lists them."""
+
+    folder: Path
+    clips: tuple[ListedClip, ...]
+
+    @classmethod
+    def open(cls, folder: Path, captions: Path) -> FolderSource:
+        return cls(folder, tuple(list_clips(folder, captions)))
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def key(self, sample: int) -> str:
+        clip = self.clips[sample]
+        return safe_key(os.path.splitext(clip.file or clip.name)[0])
+
+    def identity(self, sample: int) -> str:
+        return self.clips[sample].file or self.clips[sample].name
+
+    def describe(self, sample: int) -> str:
+        return f"{self.folder / self.identity(sample)}"
+
+    def load(self, sample: int) -> Clip:
+        clip = self.clips[sample]
+        if clip.file is None:
+            raise SampleError(f"{self.folder}: {clip.name!r}: {clip.problem}", clip.problem)
+        captions = tuple(caption for caption in clip.captions if caption)
+        if not captions:
+            cause = "empty caption" if clip.captions else "no caption"
+            raise SampleError(f"{self.folder / clip.file}: {cause} in the caption file", cause)
+        path = self.folder / clip.file
+        image = path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+        return Clip(
+            video=None if image else path,
+            pictures=(path,) if image else (),
+            captions=captions,
+            source={"file": clip.file},
+            name=os.path.splitext(clip.file)[0],
+        )

@@ -1,0 +1,213 @@
+"""The video encoder against the official one's golden vectors (spec/miles.md 9.4), timm's ViT and the definition."""
+
+import numpy as np
+import pytest
+import torch
+
+from miles_fast.config import VideoEncoderConfig
+from miles_fast.models.attention import divided_attention, divided_attention_reference
+from miles_fast.models.video_encoder import SpaceTimeTransformer, load_image_weights
+
+ORDER = ("norm1", "attn", "timeattn", "norm2", "mlp", "norm3")
+GOLDEN = {
+    4: ([-0.266111, 0.832264, 0.994587, -2.067490, 0.812207, -0.451190], 39.159323, -971.5471),
+    2: ([-0.006302, 0.740651, 0.834563, -2.063776, 0.843709, -0.526980], 39.178984, -408.9909),
+    1: ([0.117789, 0.894254, 0.980003, -1.828068, 0.710524, -0.287797], 39.165921, -156.6771),
+}
+SECOND = {4: [0.075343, 0.856323, 0.974670], 2: [0.100625, 1.150340, 1.264112], 1: [-0.051759, 0.923522, 0.801224]}
+LAST_TOKEN = {4: [0.689061, 1.119193, 1.570245], 2: [-0.144662, 0.277985, 0.728520], 1: [0.127847, 0.397834, -0.096984]}
+
+
+def fill(shape: tuple[int, ...], number: int) -> torch.Tensor:
+    """The spec's deterministic numbers in [-0.5, 0.5) for tensor `number`."""
+    i = np.arange(int(np.prod(shape)), dtype=np.uint64)
+    mask = np.uint64(0xFFFFFFFF)
+    z = ((i + np.uint64(1)) * np.uint64(2654435761) + np.uint64((number + 1) * 40503)) & mask
+    z ^= z >> np.uint64(16)
+    z = (z * np.uint64(2246822519)) & mask
+    z ^= z >> np.uint64(13)
+    return torch.from_numpy(z.astype(np.float64) / 2**32 - 0.5).reshape(shape)
+
+
+def golden_encoder(backend: str, dtype: torch.dtype) -> SpaceTimeTransformer:
+    encoder = SpaceTimeTransformer(VideoEncoderConfig(), backend).to(dtype)
+    state = encoder.state_dict()
+    for number, (name, tensor) in enumerate(state.items()):
+        values = fill(tuple(tensor.shape), number) * (0.1 if tensor.ndim >= 2 else 0.2)
+        if "norm" in name and name.endswith("weight"):
+            values = values + 1
+        state[name] = values
+    encoder.load_state_dict(state)
+    return encoder.eval()
+
+
+def test_fill_is_the_specs():
+    np.testing.assert_allclose(fill((3,), 0), [0.23028517, 0.21085111, 0.39529029], atol=2e-8)
+    np.testing.assert_allclose(fill((3,), 1000), [0.26495058, -0.27775865, 0.01395522], atol=2e-8)
+
+
+def test_names_and_sizes_are_the_published_ones():
+    state = SpaceTimeTransformer(VideoEncoderConfig()).state_dict()
+    assert len(state) == 223
+    assert sum(tensor.numel() for tensor in state.values()) == 114_168_576
+    assert list(state)[:5] == [
+        "cls_token",
+        "pos_embed",
+        "temporal_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+    ]
+    assert list(dict.fromkeys(name.split(".")[2] for name in state if name.startswith("blocks.0."))) == list(ORDER)
+
+
+@pytest.mark.parametrize("num_frames", [4, 2, 1])
+@pytest.mark.parametrize(
+    "backend,dtype,tolerance",
+    [
+        ("sdpa", torch.float64, 1.5e-6),
+        ("sdpa", torch.float32, 2e-5),
+        ("reference", torch.float32, 2e-5),
+    ],
+)
+@torch.inference_mode()
+def test_golden_vectors(backend, dtype, tolerance, num_frames):
+    video = (4 * fill((2, num_frames, 3, 224, 224), 1000)).to(dtype)
+    tokens = golden_encoder(backend, dtype)(video)
+    first, norm, total = GOLDEN[num_frames]
+    np.testing.assert_allclose(tokens[0, 0, :6], first, atol=tolerance)
+    np.testing.assert_allclose(tokens[1, 0, :3], SECOND[num_frames], atol=tolerance)
+    np.testing.assert_allclose(tokens[0, -1, :3], LAST_TOKEN[num_frames], atol=tolerance)
+    assert abs(tokens[:, 0].norm().item() - norm) < 50 * tolerance
+    assert abs(tokens.sum().item() - total) < (1e-4 if dtype == torch.float64 else 0.5)
+
+
+@torch.inference_mode()
+def test_golden_vectors_of_the_reference_in_float64():
+    tokens = golden_encoder("reference", torch.float64)((4 * fill((2, 2, 3, 224, 224), 1000)))
+    np.testing.assert_allclose(tokens[0, 0, :6], GOLDEN[2][0], atol=1.5e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_frames", [4, 2, 1])
+@torch.inference_mode()
+def test_golden_vectors_on_the_gpu(num_frames):
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    video = (4 * fill((2, num_frames, 3, 224, 224), 1000)).float().cuda()
+    tokens = golden_encoder("sdpa", torch.float32).cuda()(video).cpu()
+    torch.set_float32_matmul_precision(previous)
+    np.testing.assert_allclose(tokens[0, 0, :6], GOLDEN[num_frames][0], atol=5e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis", ["time", "space"])
+@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+def test_bf16_backends_on_the_gpu(backend, axis):
+    if backend == "flash":
+        pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    qkv = torch.randn(2, 785, 3, 12, 64, dtype=torch.float64, device="cuda", requires_grad=True)
+    exact = divided_attention_reference(qkv, 4, axis)
+    half = qkv.detach().bfloat16().requires_grad_()
+    plain = qkv.detach().bfloat16().requires_grad_()
+    ours, reference = divided_attention(half, 4, axis, backend), divided_attention_reference(plain, 4, axis)
+    assert (ours - exact).norm() <= 2 * (reference - exact).norm()
+    weight = torch.randn_like(exact)
+    grads = [torch.autograd.grad((o.double() * weight).sum(), x)[0] for o, x in ((exact, qkv), (ours, half), (reference, plain))]
+    assert (grads[1] - grads[0]).norm() <= 2 * (grads[2] - grads[0]).norm()
+
+
+@pytest.mark.parametrize("axis", ["time", "space"])
+@pytest.mark.parametrize("num_frames,positions", [(1, 4), (3, 5), (16, 2)])
+def test_sdpa_equals_the_definition_with_gradients(axis, num_frames, positions):
+    qkv = torch.randn(2, 1 + num_frames * positions, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    ours = divided_attention(qkv, num_frames, axis, "sdpa")
+    reference = divided_attention_reference(qkv, num_frames, axis)
+    torch.testing.assert_close(ours, reference, atol=1e-12, rtol=0)
+    weight = torch.randn_like(ours)
+    (one,) = torch.autograd.grad((ours * weight).sum(), qkv)
+    (two,) = torch.autograd.grad((reference * weight).sum(), qkv)
+    torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+
+
+TINY = VideoEncoderConfig(image_size=32, patch_size=8, width=24, depth=2, heads=2)
+
+
+@pytest.mark.parametrize("init", ["identity", "zeros"])
+def test_one_frame_equals_the_image_transformer_at_the_start(init):
+    from miles_fast.models.torchvision_cpu import repair_torchvision
+
+    repair_torchvision()
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0).eval()
+    config = VideoEncoderConfig(
+        image_size=32, patch_size=8, width=24, depth=2, heads=2, num_frames=4, temporal_init=init
+    )
+    encoder = SpaceTimeTransformer(config).eval()
+    load_image_weights(encoder, vit.state_dict(), "vit")
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(encoder(image[:, None]), vit.forward_features(image), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init,trains", [("identity", True), ("zeros", False)])
+def test_temporal_queries_train_only_with_the_identity_start(init, trains):
+    config = VideoEncoderConfig(image_size=32, patch_size=8, width=24, depth=2, heads=2, temporal_init=init)
+    torch.manual_seed(0)
+    encoder = SpaceTimeTransformer(config)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        encoder(torch.randn(2, 4, 3, 32, 32))[:, 0].pow(2).sum().backward()
+        optimizer.step()
+    gradient = encoder.blocks[0].timeattn.qkv.weight.grad[: 2 * 24]
+    assert (gradient.abs().max() > 0) == trains
+
+
+def test_more_frames_than_temporal_rows_are_interpolated():
+    encoder = SpaceTimeTransformer(TINY)
+    torch.nn.init.normal_(encoder.temporal_embed)
+    table = encoder.temporal_embed[0]
+    torch.testing.assert_close(encoder.temporal_table(3), table[:3])
+    eight = encoder.temporal_table(8)
+    torch.testing.assert_close(eight[0], table[0])
+    torch.testing.assert_close(eight[2], 0.25 * table[0] + 0.75 * table[1])
+    assert encoder(torch.randn(1, 8, 3, 32, 32)).shape == (1, 1 + 8 * 16, 24)
+
+
+def test_masked_patches_do_not_see_their_pixels_and_rows_are_picked():
+    encoder = SpaceTimeTransformer(TINY).eval()
+    token = torch.randn(1, 1, 24)
+    masked = torch.zeros(1, 32, dtype=torch.bool)
+    masked[0, [3, 19]] = True
+    video = torch.randn(1, 2, 3, 32, 32)
+    other = video.clone()
+    other[0, 0, :, :8, 24:32] = 7.0  # patch 3 of frame 0
+    with torch.inference_mode():
+        one = encoder(video, masked_BN=masked, mask_token=token)
+        two = encoder(other, masked_BN=masked, mask_token=token)
+        picked = encoder(video, masked_BN=masked, mask_token=token, rows_BM=torch.tensor([[0, 4, 20]]))
+        both = encoder(video, masked_BN=masked, mask_token=token, with_unmasked=True)
+        plain = encoder(video)
+    torch.testing.assert_close(one, two, atol=0, rtol=0)
+    torch.testing.assert_close(picked[0], one[0, [0, 4, 20]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(both, torch.cat([one, plain]), atol=1e-5, rtol=0)
+    assert (plain - one).abs().max() > 1e-3
+
+
+def test_image_weights_that_do_not_fit_are_named():
+    encoder = SpaceTimeTransformer(TINY)
+    weights = {k: v for k, v in encoder.state_dict().items() if "timeattn" not in k and "norm3" not in k}
+    weights.pop("temporal_embed")
+    weights["norm.weight"] = torch.zeros(5)
+    weights.pop("blocks.1.mlp.fc1.bias")
+    with pytest.raises(ValueError, match=r"missing blocks.1.mlp.fc1.bias; norm.weight is \(5,\)"):
+        load_image_weights(encoder, weights, "broken.safetensors")
+
+
+def test_asked_for_backends_say_what_is_missing():
+    with pytest.raises(ValueError, match="backend 'fast'"):
+        divided_attention(torch.randn(1, 5, 3, 1, 4), 2, "time", "fast")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="flash"):
+            SpaceTimeTransformer(TINY, "flash")
