@@ -1,31 +1,13 @@
-"""Captions to token ids, and a WordPiece vocabulary made from captions."""
+"""A WordPiece vocabulary made from captions."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
-
-def encode_captions(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and attention mask, both (B, L) int64, padded and truncated to `length` tokens.
-
-    A caption's tail that cannot reach `length` tokens is cut first, so that one huge caption costs no time.
-    """
-    cut = [" ".join(caption[: 64 * length].split(maxsplit=length)[:length]) for caption in captions]
-    encoded = tokenizer(cut, padding="max_length", truncation=True, max_length=length, return_tensors="np")
-    return encoded["input_ids"].astype(np.int64), encoded["attention_mask"].astype(np.int64)
 
 
 def build_vocabulary(captions: Iterable[str], folder: Path, size: int = 30522) -> None:

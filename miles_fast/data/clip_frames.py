@@ -31,8 +31,8 @@ class FrameOptions(Protocol):
 def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]:
     """Members by extension: 00.jpg ..., txt (the first caption) and json. Raises SampleError.
 
-    A clip with fewer frames than asked for keeps each once. All frames have the size of the first one, its short
-    side brought down to `short_side`.
+    A clip with fewer frames than asked for keeps each once. All frames have the size of the first one,
+    its short side brought down to `short_side`.
     """
 
     def choose(available: int) -> np.ndarray:

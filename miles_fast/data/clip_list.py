@@ -1,4 +1,4 @@
-"""Which clips a folder holds and what is said of them: caption files (csv, tsv, json, jsonl) beside video files."""
+"""Which clips a folder holds and what is said of them: caption files beside video files."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ class ListedClip:
 def list_clips(folder: Path, captions_file: Path) -> list[ListedClip]:
     """Clips of one folder in the order of the caption file; several captions of one clip are joined.
 
-    csv and tsv have a header with one of file, path, video, videoid, name, and `caption`; WebVid's own csv (videoid
-    and, as the caption, name) is read as it is. json is a list of {file | path | video | ...: ..., caption: text or
-    list of texts}, jsonl the same in lines. A name may lack its folder and its extension as long as it is unique.
+    csv and tsv have a header with one of file, path, video, videoid, name, and `caption`; WebVid's own csv
+    (videoid and, as the caption, name) is read as it is. json is a list of {file | path | video | ...: ...,
+    caption: text or list of texts}, jsonl the same in lines. A name may lack its folder and its extension as
+    long as it is unique.
     """
     captions: dict[str, list[str]] = {}
     for name, said in _entries(captions_file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,17 +77,23 @@ class FolderSource:
 
     folder: Path
     clips: tuple[ListedClip, ...]
+    keys: tuple[str, ...]
 
     @classmethod
     def open(cls, folder: Path, captions: Path) -> FolderSource:
-        return cls(folder, tuple(list_clips(folder, captions)))
+        clips = tuple(list_clips(folder, captions))
+        names = [clip.file or clip.name for clip in clips]
+        keys = [safe_key(os.path.splitext(name)[0]) for name in names]
+        times = Counter(keys)
+        # Files that differ in their extension alone keep it in the key.
+        keys = [safe_key(n) if times[k] > 1 else k for n, k in zip(names, keys, strict=True)]
+        return cls(folder, clips, tuple(keys))
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def key(self, sample: int) -> str:
-        clip = self.clips[sample]
-        return safe_key(os.path.splitext(clip.file or clip.name)[0])
+        return self.keys[sample]
 
     def identity(self, sample: int) -> str:
         return self.clips[sample].file or self.clips[sample].name

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.augmentation import build_augmentation
-from miles_fast.data.captions import encode_captions
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, bad_sample, read_clip, read_or_substitute
 from miles_fast.data.order import Draw, Share, draw_at
 from miles_fast.data.shards import SampleError, ShardError, ShardSet, expand_shards
+from miles_fast.models.text_encoder import encode_captions
 
 AHEAD = 2  # batches being decoded while one is handed over
 
@@ -116,7 +116,7 @@ class Loader:
         self._prefetch = data.prefetch_batches
 
     def batches(self, first_step: int) -> Iterator[Batch]:
-        """Endless micro batches from optimizer step `first_step` (0-based) on. Close the iterator when done."""
+        """Endless micro batches from optimizer step `first_step` (0-based); close it when done."""
         return _in_background(self._make_batches(first_step), self._prefetch)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Preparation: videos or images with captions -> frame shards, the layout that training reads.
 
-Reads tars in any layout or a folder with a caption file; writes `DIR/00000.tar` (KEY.00.jpg ..., KEY.txt, KEY.json)
-with its index, `quarantine.jsonl` and `summary.json`. What goes into which shard is a pure function of the input
-list and the options, so that an interrupted run goes on where it stopped and equal input gives equal bytes.
+Reads tars in any layout or a folder with a caption file; writes `DIR/00000.tar` (KEY.00.jpg ..., KEY.txt,
+KEY.json) with its index, `quarantine.jsonl` and `summary.json`. What goes into which shard is a pure
+function of the input list and the options: an interrupted run goes on, equal input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PreparationError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationOptions:
-    """Frames kept of each clip, their short side in pixels (never enlarged), JPEG quality and clips a shard."""
+    """Frames kept of each clip, their short side in pixels (never enlarged), JPEG quality, clips a shard."""
 
     frames: int = 8
     short_side: int = 256
@@ -74,10 +74,11 @@ def prepare(
     options: PreparationOptions,
     captions: str | Path | None = None,
 ) -> Summary:
-    """Write frame shards of tars (patterns), or of one folder and its caption file, and return what became of them.
+    """Write frame shards of tars (patterns), or of a folder and its caption file; say what became of them.
 
-    Finished shards of an earlier, interrupted call are kept. Raises PreparationError when the output belongs to
-    another plan, when keys repeat, when the disk is full or when no sample is usable; ShardError for bad tars.
+    Finished shards of an earlier, interrupted call are kept. Raises PreparationError when the output belongs
+    to another plan, keys repeat, the disk is full or no sample is usable; ShardError or ClipListError for
+    unusable input.
     """
     start = time.monotonic()
     source = _source([str(one) for one in inputs], captions)
@@ -103,7 +104,8 @@ def _source(inputs: list[str], captions: str | Path | None) -> TarSource | Folde
     folders = [one for one in inputs if os.path.isdir(one)]
     if folders and (len(inputs) > 1 or captions is None):
         raise PreparationError(
-            f"{folders[0]} is a folder: give one folder and `--captions FILE` (csv, tsv, json), or tars as 'DIR/*.tar'"
+            f"{folders[0]} is a folder: give one folder and `--captions FILE` (csv, tsv, json), "
+            "or tars as 'DIR/*.tar'"
         )
     if folders:
         return FolderSource.open(Path(folders[0]), Path(captions))
@@ -121,8 +123,8 @@ def _plan(source: TarSource | FolderSource, num_samples: int, options: Preparati
         key = source.key(sample)
         if key in first:
             raise PreparationError(
-                f"{source.describe(first[key])} and {source.describe(sample)} have the same key {key!r} (dots and "
-                "spaces become _): rename one, or prepare them into separate outputs"
+                f"{source.describe(first[key])} and {source.describe(sample)} have the same key {key!r} "
+                "(dots and spaces become _): rename one, or prepare them into separate outputs"
             )
         first[key] = sample
         digest.update(json.dumps([key, source.identity(sample)]).encode())
@@ -190,8 +192,8 @@ def _run(job: _Job, missing: dict[int, range], num_samples: int) -> Iterator[dic
                 bar.update(len(futures[future]))
         except BrokenProcessPool as error:
             raise PreparationError(
-                f"{job.output}: a worker died (out of memory, or a decoder crashed); finished shards are kept: "
-                f"run the same command again, with fewer than {workers} workers"
+                f"{job.output}: a worker died (out of memory, or a decoder crashed); finished shards are "
+                f"kept: run the same command again, with fewer than {workers} workers"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -276,7 +278,8 @@ def _report(output: Path, records: list[dict], options: PreparationOptions, seco
     _write(output / "summary.json", json.dumps(written, indent=1) + "\n")
     if not summary.kept:
         raise PreparationError(
-            f"{output}: none of {len(dropped)} samples is usable {summary.dropped}; see {output / 'quarantine.jsonl'}"
+            f"{output}: none of {len(dropped)} samples is usable {summary.dropped}; "
+            f"see {output / 'quarantine.jsonl'}"
         )
     return summary
 

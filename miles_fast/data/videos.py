@@ -184,7 +184,7 @@ def _decode(context, track: _Track, wanted: list[int], name: str) -> dict:
         frames, missing = _walk(context, track, wanted, [0] * track.num_frames, name)
     if missing is not None:
         raise SampleError(
-            f"{name}: frame {missing} of {track.num_frames} has a packet, but it and its neighbours do not decode",
+            f"{name}: frame {missing} of {track.num_frames} has a packet, but it does not decode",
             "missing frames",
         )
     damaged = [rank for rank, frame in frames.items() if frame.is_corrupt]

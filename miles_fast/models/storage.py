@@ -93,4 +93,5 @@ def read_model(folder: str | Path, device: str | torch.device = "cpu") -> DualEn
     config, vocabulary_size = read_description(folder)
     model = DualEncoder(config, vocabulary_size)
     load_weights(model, read_weights(folder), str(folder))
+    model.tokenizer = load_tokenizer(folder / "tokenizer")
     return model.to(device).eval()

@@ -179,12 +179,13 @@ class Meter:
             "target_cosine": cosine,
             "target_std": std,
             "learning_rate": engine.get_lr()[0],
-            "gradient_norm": float(norm) if norm is not None else float("nan"),
             "clips_per_second": clips,
             "step_milliseconds": 1000 * seconds / steps,
             "data_wait_milliseconds": 1000 * self._waited / steps,
             "bad_samples": dict(quarantine.counts),
         }
+        if norm is not None:  # DeepSpeed keeps none for fp32 at ZeRO 0
+            record["gradient_norm"] = float(norm)
         if self._device.type == "cuda":
             record["memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         if self._peak:

@@ -1,0 +1,111 @@
+"""The smallest run there is: frame shards of flat coloured images, a vocabulary, and a config."""
+
+import io
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+from miles_fast.config import Config, parse_config
+from miles_fast.data.captions import build_vocabulary
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
+NOUNS = ("dog", "cat", "tree", "car", "boat")
+
+
+def jpeg(seed: int, height: int = 40, width: int = 56) -> bytes:
+    """A smooth random picture."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def caption(number: int) -> str:
+    """One of thirty captions."""
+    return f"a {COLOURS[number % 6]} {NOUNS[number // 6 % 5]} moves"
+
+
+def write_frames(
+    folder: Path, count: int, *, shards: int = 2, frames: int = 4, checksums: bool = True
+) -> list[Path]:
+    """Frame shards of `count` samples; sample i has key f'{i:04d}'."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for shard in range(shards):
+        path = folder / f"{shard:05d}.tar"
+        paths.append(path)
+        with webdataset.TarWriter(str(path), encoder=False, mtime=0.0) as writer:
+            for i in range(shard * count // shards, (shard + 1) * count // shards):
+                images = [jpeg(100 * i + t) for t in range(frames)]
+                record = {"width": 56, "height": 40, "crc32": [zlib.crc32(image) for image in images]}
+                sample = {f"{t:02d}.jpg": image for t, image in enumerate(images)}
+                sample |= {"__key__": f"{i:04d}", "txt": caption(i).encode()}
+                if checksums:
+                    sample["json"] = json.dumps(record).encode()
+                writer.write(sample)
+    return paths
+
+
+def tiny_tree(root: Path) -> dict:
+    """A config tree over shards that `write_data` made under `root`."""
+    return {
+        "run": {"folder": str(root / "run"), "steps": 6, "log_every": 1, "save_every": 3},
+        "data": {
+            "train": [{"shards": [str(root / "train" / "*.tar")]}],
+            "evaluation": [{"shards": [str(root / "heldout" / "*.tar")], "name": "heldout"}],
+            "frames_per_clip": 2,
+            "caption_tokens": 8,
+            "threads": 1,
+            "decode_workers": 2,
+        },
+        "model": {
+            "video": {
+                "image_size": 32,
+                "patch_size": 8,
+                "width": 24,
+                "depth": 2,
+                "heads": 2,
+                "num_frames": 2,
+            },
+            "text": {
+                "tokenizer": str(root / "tokenizer"),
+                "width": 16,
+                "depth": 1,
+                "heads": 2,
+                "hidden": 32,
+                "max_positions": 16,
+            },
+            "embedding": 16,
+        },
+    }
+
+
+def write_data(root: Path, count: int = 24) -> None:
+    """train/, heldout/ and tokenizer/ under `root`."""
+    write_frames(root / "train", count)
+    write_frames(root / "heldout", 10, shards=1)
+    build_vocabulary((caption(i) for i in range(30)), root / "tokenizer")
+
+
+def tiny_config(root: Path, **sections: dict) -> Config:
+    """The tiny config with keys of sections replaced: run={...}, method={...}."""
+    tree = tiny_tree(root)
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return parse_config(tree, "tiny")
+
+
+def ds_tree(stage: int = 0, batch: int = 4, accumulation: int = 1, bf16: bool = False) -> dict:
+    """DeepSpeed's json for the tiny runs."""
+    return {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": accumulation,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage},
+    }

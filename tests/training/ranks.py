@@ -1,0 +1,99 @@
+"""Run under torch.distributed.run: losses, snapshot and weights of tiny runs for several ZeRO stages.
+
+usage: ranks.py ROOT OUTPUT BATCH_PER_RANK STAGES   (STAGES like 0,1,2,3)
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+from tiny import ds_tree, tiny_config  # noqa: E402
+
+from miles_fast.data.loader import Loader, Quarantine  # noqa: E402
+from miles_fast.data.order import Share  # noqa: E402
+from miles_fast.distributed import barrier, rank, world_size  # noqa: E402
+from miles_fast.models.dual_encoder import build_dual_encoder  # noqa: E402
+from miles_fast.models.text_encoder import load_tokenizer  # noqa: E402
+from miles_fast.training.engine import (  # noqa: E402
+    build_engine,
+    check_ds_config,
+    full_weights,
+    init_process_group,
+)
+from miles_fast.training.loop import train_step  # noqa: E402
+from miles_fast.training.masks import draw_masks  # noqa: E402
+from miles_fast.training.objective import Objective  # noqa: E402
+from miles_fast.training.snapshot import Snapshot  # noqa: E402
+
+
+def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
+    # Without dropout, and with the joined batch's masks dealt out, every number of ranks computes the same.
+    config = tiny_config(root, method={"snapshot": {"momentum": 0.9}})
+    config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
+    settings = check_ds_config(ds_tree(stage, batch), "ds", config, cuda=False, ranks=world_size())
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(config.model.text.tokenizer_source)
+    objective = Objective(build_dual_encoder(config.model, len(tokenizer)), config.method)
+    method = config.method
+    device = torch.device("cpu")
+    snapshot = Snapshot(
+        objective.model,
+        method.snapshot,
+        method.regression,
+        total_steps=steps,
+        dtype=torch.float32,
+        device=device,
+    )
+    engine = build_engine(objective, settings)
+
+    def masks(step: int):
+        joined = draw_masks(
+            method.mask, grid=4, num_frames=2, batch=batch * world_size(), seed=0, step=step, rank=0
+        )
+        return joined[rank() * batch : (rank() + 1) * batch]
+
+    loader = Loader(
+        config.data,
+        image_size=32,
+        tokenizer=tokenizer,
+        share=Share(batch=batch, rank=rank(), ranks=world_size()),
+        seed=0,
+        device=device,
+        quarantine=Quarantine(None),
+        draw_masks=masks,
+    )
+    batches, losses, norms, keys = loader.batches(0), [], [], []
+    for step in range(1, steps + 1):
+        item = next(batches)
+        result = train_step(engine, snapshot, item, with_statistics=True)
+        snapshot.follow(engine.module.model, step)
+        values = torch.stack([value.detach().float() for value in result])
+        torch.distributed.all_reduce(values)
+        losses.append((values / world_size()).tolist()[:3])
+        if stage:  # DeepSpeed keeps no norm for fp32 at ZeRO 0
+            norms.append(float(engine.get_global_grad_norm()))
+        keys.append(list(item.keys))
+    batches.close()
+    loader.close()
+    weights = full_weights(engine)
+    return {
+        "losses": losses,
+        "norms": norms,
+        "keys": keys,
+        "weights": {name: tensor.double().sum().item() for name, tensor in weights.items()},
+        "snapshot": {name: tensor.double().sum().item() for name, tensor in snapshot.state_dict().items()},
+    }
+
+
+if __name__ == "__main__":
+    root, output, batch, stages = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    init_process_group()
+    results = {stage: run_stage(root, int(stage), batch) for stage in stages.split(",")}
+    (output / f"rank{rank()}.json").write_text(json.dumps(results))
+    barrier()
+    torch.distributed.destroy_process_group()

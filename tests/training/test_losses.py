@@ -1,0 +1,143 @@
+"""Contrast against the spec's golden value; the snapshot against a float64 recurrence."""
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+from miles_fast.config import (
+    ContrastConfig,
+    ModelConfig,
+    RegressionConfig,
+    SnapshotConfig,
+    TextEncoderConfig,
+    VideoEncoderConfig,
+)
+from miles_fast.models.dual_encoder import DualEncoder, unit
+from miles_fast.models.flops import training_flops, video_flops
+from miles_fast.training.losses import contrastive_loss
+from miles_fast.training.snapshot import Snapshot
+
+TEXT = torch.tensor(
+    [
+        [-0.05, 0.1, 0.2, -0.3, 0.4, 0.1],
+        [0.3, -0.2, 0.1, 0.1, -0.4, 0.2],
+        [0.2, 0.2, -0.3, 0.1, 0.0, 0.5],
+        [0.1, -0.5, 0.3, 0.2, 0.1, 0.0],
+    ],
+    dtype=torch.float64,
+)
+
+
+def test_contrast_is_the_golden_one():
+    from models.test_video_encoder import fill
+
+    text, video = fill((4, 6), 1), fill((4, 6), 2)
+    assert abs((unit(text)[0] @ unit(video)[0]).item() - 0.520805806464) < 1e-10
+    assert abs(contrastive_loss(text, video, ContrastConfig()).item() - 3.402987357384) < 1e-9
+
+
+def test_contrast_of_orthogonal_pairs_and_chance():
+    eye = torch.eye(4, dtype=torch.float64)
+    expected = 2 * math.log(1 + 3 * math.exp(-20))
+    assert abs(contrastive_loss(eye, eye, ContrastConfig()).item() - expected) < 1e-12
+    same = torch.ones(4, 3, dtype=torch.float64)
+    assert abs(contrastive_loss(same, same, ContrastConfig()).item() - 2 * math.log(4)) < 1e-12
+
+
+def test_grad_scale_changes_the_gradient_alone():
+    values, gradients = [], []
+    for scale in (1.0, 0.25):
+        text = TEXT.clone().requires_grad_()
+        loss = contrastive_loss(text, TEXT.flip(0), ContrastConfig(grad_scale=scale))
+        loss.backward()
+        values.append(loss.item())
+        gradients.append(text.grad)
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    torch.testing.assert_close(gradients[0] * 0.25, gradients[1])
+
+
+def student():
+    video = VideoEncoderConfig(image_size=16, patch_size=8, width=8, depth=1, heads=2)
+    text = TextEncoderConfig(tokenizer="none", width=8, depth=1, heads=2, hidden=8, max_positions=8)
+    return DualEncoder(ModelConfig(video=video, text=text, embedding=4), 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_snapshot_follows_the_float64_recurrence(dtype):
+    torch.manual_seed(0)
+    model = student()
+    config = SnapshotConfig(momentum=0.9, final_momentum=1.0)
+    snapshot = Snapshot(
+        model, config, RegressionConfig(), total_steps=20, dtype=dtype, device=torch.device("cpu")
+    )
+    exact = {name: tensor.double() for name, tensor in snapshot.state_dict().items()}
+    start = {name: tensor.clone() for name, tensor in exact.items()}
+    named = dict(
+        nn.ModuleDict({"video_model": model.video_model, "vid_proj": model.vid_proj}).named_parameters()
+    )
+    for step in range(1, 21):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        snapshot.follow(model, step)
+        momentum = 1 - 0.1 * (math.cos(math.pi * step / 20) + 1) / 2
+        assert snapshot.momentum(step) == pytest.approx(momentum)
+        exact = {
+            name: momentum * old + (1 - momentum) * named[name].detach().double()
+            for name, old in exact.items()
+        }
+    for name, tensor in snapshot.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor.double(), exact[name], atol=1e-6, rtol=0)
+        assert (exact[name] - start[name]).abs().max() > 1e-3
+    assert not any(p.requires_grad for p in snapshot._modules.parameters())
+
+
+def test_snapshot_copies_and_freezes():
+    torch.manual_seed(0)
+    for update, every in (("copy", 2), ("frozen", 1)):
+        model = student()
+        snapshot = Snapshot(
+            model,
+            SnapshotConfig(update=update, every=every),
+            RegressionConfig(),
+            total_steps=4,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        first = snapshot.state_dict()["vid_proj.0.weight"].clone()
+        with torch.no_grad():
+            model.vid_proj[0].weight.add_(1.0)
+        snapshot.follow(model, 1)
+        assert torch.equal(snapshot.state_dict()["vid_proj.0.weight"], first)
+        snapshot.follow(model, 2)
+        expected = model.vid_proj[0].weight if update == "copy" else first
+        assert torch.equal(snapshot.state_dict()["vid_proj.0.weight"], expected)
+
+
+def test_targets_are_the_full_clip_without_cls_and_projected_when_asked():
+    model = student().eval()
+    video = torch.randn(2, 2, 3, 16, 16)
+    for feature, expected in (
+        ("final_norm", model.video_model(video)[:, 1:]),
+        ("projected", model.vid_proj(model.video_model(video)[:, 1:])),
+    ):
+        snapshot = Snapshot(
+            model,
+            SnapshotConfig(),
+            RegressionConfig(feature=feature),
+            total_steps=1,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        torch.testing.assert_close(snapshot.encode(video), expected)
+
+
+def test_flops_are_the_specs():
+    config = ModelConfig(text=TextEncoderConfig(tokenizer="none"))
+    for frames, forward in ((1, 46.30), (4, 184.62), (8, 369.24), (16, 739.18)):
+        assert sum(video_flops(config.video, frames)) / 1e9 == pytest.approx(forward, abs=0.006)
+    for view, frames, total in (("none", 4, 561.1), ("A", 4, 745.8), ("B", 4, 1298.7), ("A", 1, 193.2)):
+        assert training_flops(config, view, frames, 32) / 1e9 == pytest.approx(total, abs=0.06)

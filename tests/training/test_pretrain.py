@@ -1,0 +1,198 @@
+"""Whole tiny runs: resume, views, sources, checkpoints, export, and refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import ds_tree, tiny_config, write_data, write_frames
+
+import miles_fast
+from miles_fast.config import ConfigError
+from miles_fast.export.run import export_run
+from miles_fast.training import checkpoint as checkpoint_module
+from miles_fast.training.checkpoint import CheckpointError
+from miles_fast.training.engine import check_ds_config
+from miles_fast.training.loop import pretrain
+from miles_fast.training.progress import read_log
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tiny")
+    write_data(place)
+    return place
+
+
+def train(config, resume=None, evaluate=None, **ds):
+    settings = check_ds_config(ds_tree(**ds), "ds.json", config, cuda=False, ranks=1)
+    pretrain(config, settings, resume=resume, evaluate=evaluate)
+    return read_log(Path(config.run.folder))
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "student" / "model.safetensors"), load_file(folder / "snapshot.safetensors")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_six_steps_equal_three_resumed_bitwise(root, tmp_path, stage):
+    whole = tiny_config(root, run={"folder": str(tmp_path / "whole"), "save_every": 3})
+    first = train(whole, stage=stage)
+    parted = tiny_config(root, run={"folder": str(tmp_path / "parted"), "save_every": 3})
+    folder = tmp_path / "parted" / "checkpoints"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000003", folder / "step-00000003")
+    (folder / "latest").write_text("step-00000003\n")
+    second = train(parted, resume="auto", stage=stage)
+    figures = ("step", "loss", "contrastive", "regression", "target_cosine", "learning_rate")
+    assert [[r[f] for f in figures] for r in second] == [[r[f] for f in figures] for r in first[3:]]
+    for one, two in zip(
+        weights(tmp_path / "whole" / "checkpoints" / "step-00000006"),
+        weights(folder / "step-00000006"),
+        strict=True,
+    ):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("view", ["A", "B", "none"])
+def test_views_train_and_the_log_holds_the_figures(root, tmp_path, view):
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 4}, method={"view": view})
+    log = train(config, stage=1)
+    assert [record["step"] for record in log] == [1, 2, 3, 4]
+    for record in log:
+        assert np.isfinite([record[k] for k in ("loss", "gradient_norm", "clips_per_second")]).all()
+        if view == "none":
+            assert record["regression"] == 0 and record["loss"] == record["contrastive"]
+        else:
+            np.testing.assert_allclose(
+                record["loss"], record["contrastive"] + record["regression"], rtol=1e-6
+            )
+            np.testing.assert_allclose(record["target_cosine"], 1 - record["regression"] / 2, atol=1e-5)
+            assert record["target_std"] > 0.1
+
+
+def test_accumulation_takes_the_same_samples(root, tmp_path):
+    log = train(tiny_config(root, run={"folder": str(tmp_path / "r"), "steps": 2}), batch=2, accumulation=2)
+    assert len(log) == 2 and all(np.isfinite(r["loss"]) for r in log)
+
+
+def test_stages_chain_and_sources_alternate(root, tmp_path):
+    write_frames(tmp_path / "images", 8, shards=1, frames=1)
+    data = tiny_config(root).data
+    sources = [
+        {"shards": [str(tmp_path / "images" / "*.tar")], "name": "images"},
+        *[vars(s) for s in data.train],
+    ]
+    tree = {
+        "train": [{"shards": s["shards"], "name": s["name"]} for s in sources],
+        "frames_per_clip": 1,
+        "caption_tokens": 8,
+    }
+    first = tiny_config(root, run={"folder": str(tmp_path / "one"), "steps": 2, "save_every": 2}, data=tree)
+    train(first)
+    second = tiny_config(
+        root,
+        run={
+            "folder": str(tmp_path / "two"),
+            "steps": 1,
+            "init_from": str(tmp_path / "one"),
+            "save_every": 1,
+        },
+    )
+    settings = check_ds_config(ds_tree(), "ds.json", second, cuda=False, ranks=1)
+    settings.tree["optimizer"]["params"]["lr"] = 0.0
+    pretrain(second, settings)
+    one = weights(tmp_path / "one" / "checkpoints" / "step-00000002")[0]
+    two = weights(tmp_path / "two" / "checkpoints" / "step-00000001")[0]
+    assert one.keys() == two.keys() and "pretraining.mask_token" in one
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_export_loads_and_gives_the_same_embeddings(root, tmp_path):
+    from miles_fast.data.clips import ClipDraw, read_clip
+    from miles_fast.data.shards import ShardSet
+    from miles_fast.evaluation.retrieval import evaluate_retrieval
+    from miles_fast.models.text_encoder import load_tokenizer
+
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 3})
+    seen = []
+
+    def evaluate(model, device):
+        tokenizer = load_tokenizer(config.model.text.tokenizer_source)
+        source = config.data.evaluation[0]
+        result = evaluate_retrieval(model, source, config.data, tokenizer=tokenizer, batch=4, device=device)
+        seen.append((result, model.embed_video(torch.ones(1, 2, 3, 32, 32)).detach()))
+        return {"r1": result.text_to_video.r1}
+
+    log = train(config, evaluate=evaluate, stage=1)
+    assert log[-1]["evaluation"]["r1"] == seen[0][0].text_to_video.r1 and seen[0][0].gallery == 10
+    export_run(tmp_path / "run", tmp_path / "export")
+    assert {p.name for p in (tmp_path / "export").iterdir()} == {
+        "model.safetensors",
+        "model.json",
+        "tokenizer",
+    }
+    model = miles_fast.load(tmp_path / "export")
+    torch.testing.assert_close(model.embed_video(torch.ones(1, 2, 3, 32, 32)), seen[0][1], atol=0, rtol=0)
+    names = set(model.state_dict())
+    assert not [n for n in names if "mask_token" in n or "head" in n]
+    assert {"vid_proj.0.weight", "text_proj.1.bias", "video_model.blocks.1.timeattn.qkv.weight"} <= names
+    again = read_clip(ShardSet([root / "heldout" / "00000.tar"]), 0, ClipDraw(num_frames=2), None)
+    text = model.encode_text([again.caption])
+    np.testing.assert_allclose(text.norm(dim=-1).detach(), 1, atol=1e-6)
+
+
+def test_an_earlier_run_is_moved_aside(root, tmp_path):
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 1})
+    train(config)
+    train(config)
+    assert (tmp_path / "run.old-1" / "checkpoints" / "latest").exists()
+
+
+def test_another_architecture_is_refused_with_the_difference(root, tmp_path):
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 1})
+    train(config)
+    tree = {
+        "video": {**vars(config.model.video), "depth": 1},
+        "text": vars(config.model.text),
+        "embedding": 16,
+    }
+    with pytest.raises(CheckpointError, match="model.video.depth: 2 -> 1"):
+        train(tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 2}, model=tree), resume="auto")
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        train(config, resume=str(tmp_path / "nowhere"))
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(root, tmp_path, monkeypatch):
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 4, "save_every": 2})
+    write = checkpoint_module._write
+
+    def full(partial, step, *rest):
+        if step == 4:
+            (partial / "half").write_bytes(b"0" * 100)
+            raise OSError(28, "No space left on device")
+        write(partial, step, *rest)
+
+    monkeypatch.setattr(checkpoint_module, "_write", full)
+    with pytest.raises(CheckpointError, match="No space left.*older checkpoints are untouched"):
+        train(config)
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "latest").read_text() == "step-00000002\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_ds_json_that_contradicts_is_refused(root):
+    config = tiny_config(root)
+    tree = ds_tree() | {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 9}}}
+    with pytest.raises(ConfigError, match="total_num_steps = 9, but run.steps = 6"):
+        check_ds_config(tree, "ds.json", config, cuda=False, ranks=1)
+    with pytest.raises(ConfigError, match="train_batch_size = 5"):
+        check_ds_config(ds_tree() | {"train_batch_size": 5}, "ds.json", config, cuda=False, ranks=1)
+    with pytest.raises(ConfigError, match="fp16"):
+        check_ds_config(ds_tree() | {"fp16": {"enabled": True}}, "ds.json", config, cuda=False, ranks=1)
+    with pytest.raises(ConfigError, match="train_micro_batch_size_per_gpu"):
+        check_ds_config(json.loads("{}"), "ds.json", config, cuda=False, ranks=1)

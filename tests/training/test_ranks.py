@@ -1,0 +1,66 @@
+"""Two gloo ranks against one on the joined batch; ZeRO 0 to 3 against each other."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_data
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ranks")
+    write_data(root)
+    found = {}
+    for ranks, batch, stages in ((1, 6, "1"), (2, 3, "0,1,2,3")):
+        output = root / f"out{ranks}"
+        output.mkdir()
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        environment.pop("RANK", None)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        run = subprocess.run(
+            [*command, str(SCRIPT), str(root), str(output), str(batch), stages],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        found[ranks] = [json.loads((output / f"rank{r}.json").read_text()) for r in range(ranks)]
+    return found
+
+
+def test_two_ranks_equal_one_on_the_joined_batch(results):
+    one, two = results[1][0]["1"], [r["1"] for r in results[2]]
+    assert [a + b for a, b in zip(two[0]["keys"], two[1]["keys"], strict=True)] == one["keys"]
+    np.testing.assert_allclose(two[0]["losses"], one["losses"], rtol=2e-5)
+    np.testing.assert_allclose(two[0]["norms"], one["norms"], rtol=2e-4)
+    assert np.isfinite(one["norms"]).all()
+
+
+def test_ranks_agree(results):
+    first, second = (r["1"] for r in results[2])
+    assert first["losses"] == second["losses"]
+    assert first["weights"] == second["weights"] and first["snapshot"] == second["snapshot"]
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_zero_stages_give_the_losses_and_the_snapshot_of_stage_0(results, stage):
+    plain, sharded = results[2][0]["0"], results[2][0][stage]
+    np.testing.assert_allclose(sharded["losses"], plain["losses"], rtol=2e-5)
+    assert plain["losses"][-1] != plain["losses"][0]
+    for part in ("weights", "snapshot"):
+        assert sharded[part].keys() == plain[part].keys()
+        values = np.array([[sharded[part][name], plain[part][name]] for name in plain[part]])
+        np.testing.assert_allclose(values[:, 0], values[:, 1], rtol=1e-3, atol=5e-3)
