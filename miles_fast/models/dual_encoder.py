@@ -67,6 +67,7 @@ class DualEncoder(nn.Module):
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: load it with miles_fast.load(folder)")
         device = self.vid_proj[0].weight.device
+        length = min(length, self.config.text.max_positions)
         ids, attention = encode_captions(self.tokenizer, captions, length)
         return unit(self.embed_text(torch.from_numpy(ids).to(device), torch.from_numpy(attention).to(device)))
 

@@ -38,7 +38,7 @@ def test_index_is_what_wds2idx_writes(tar, tmp_path):
 def test_index_text(tar):
     lines = build_index(tar).read_text().splitlines()
     assert lines[0] == "v1.2 3"
-    assert lines[3] == "JPG 8192 7 c.JPG txt 9216 0 c.txt"
+    assert lines[3] == "JPG 7168 7 c.JPG txt 8192 0 c.txt"
     assert not list(tar.parent.glob("*.partial"))
 
 
@@ -215,7 +215,7 @@ def test_index_of_a_shorter_tar(tar):
     index = build_index(tar)
     _truncate(tar, 3000)
     os.utime(index)
-    with pytest.raises(ShardError, match=r"names bytes up to 9216, but .*00000.tar has 3000.*delete"):
+    with pytest.raises(ShardError, match=r"names bytes up to 8192, but .*00000.tar has 3000.*delete"):
         ShardSet([tar])
 
 
