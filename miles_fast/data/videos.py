@@ -69,6 +69,8 @@ def read_frames(
 
 
 def _read(container, choose, allow_hdr: bool, name: str) -> tuple[list[np.ndarray], ClipInfo]:
+    from av.video.reformatter import VideoReformatter
+
     stream = _video_stream(container, name)
     context = stream.codec_context
     if context.width * context.height > _MAX_PIXELS:
@@ -81,7 +83,8 @@ def _read(container, choose, allow_hdr: bool, name: str) -> tuple[list[np.ndarra
     frames = _decode(context, track, sorted(set(chosen)), name)
     first = frames[min(chosen)]
     _refuse_hdr(first.color_trc, allow_hdr, name)
-    pictures = {rank: _picture(frame) for rank, frame in frames.items()}
+    reformatter = VideoReformatter()
+    pictures = {rank: _picture(frame, reformatter) for rank, frame in frames.items()}
     seconds = track.seconds(stream.time_base, stream.average_rate or stream.guessed_rate)
     height, width = pictures[min(chosen)].shape[:2]
     info = ClipInfo(
@@ -260,13 +263,13 @@ class _Feed:
             ) from error
 
 
-def _picture(frame) -> np.ndarray:
+def _picture(frame, reformatter) -> np.ndarray:
     """RGB pixels of one frame, transparency on white, turned upright."""
     if any(component.is_alpha for component in frame.format.components):
-        pixels = frame.to_ndarray(format="rgba").astype(np.uint16)
+        pixels = reformatter.reformat(frame, format="rgba", threads=1).to_ndarray().astype(np.uint16)
         alpha = pixels[..., 3:]
         picture = ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     else:
-        picture = frame.to_ndarray(format="rgb24")
+        picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture

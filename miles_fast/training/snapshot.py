@@ -41,6 +41,11 @@ class Snapshot:
         else:
             self._average = [p.detach().float().to(device, copy=True) for p in parts.parameters()]
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks that `encode` runs."""
+        return self._modules["video_model"].blocks
+
     @torch.no_grad()
     def encode(self, video_BTCHW: Tensor) -> Tensor:
         """Targets of the unmasked clips without [CLS]: (B, N, D), or (B, N, E) when projected."""

@@ -30,9 +30,7 @@ def _encode_video(
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=30, options=options or {})
         stream.width, stream.height = size
-        stream.pix_fmt = "pal8" if codec == "gif" else "yuv420p"
-        if codec == "gif":
-            stream.pix_fmt = "rgb8"
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         stream.gop_size = gop
         stream.time_base = stream.codec_context.time_base = Fraction(1, 30)
         for number, level in enumerate(levels):

@@ -205,7 +205,7 @@ def test_awkward_real_files(real_clips, capfd):
 
 
 def test_rotation_turns_the_right_way(real_clips):
-    """Looked at once: with a display matrix of -90 degrees the letters stand upright after three left turns."""
+    """Looked at once: at -90 degrees the letters stand upright after three left turns."""
     import av
 
     path = real_clips / "edge" / "decord_video_90.mov"
