@@ -1,4 +1,4 @@
-"""Pre-train MILES: deepspeed launch/pretrain.py --ds_config ds.json [--config FILE] [section.key=value ...]"""
+"""Pre-train MILES: deepspeed launch/pretrain.py --ds_config ds.json [--config FILE] [key=value ...]"""
 
 from __future__ import annotations
 

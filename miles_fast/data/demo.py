@@ -11,7 +11,7 @@ from miles_fast.data.shards import ShardSet
 
 
 def prepare_demo(root: Path, recipe: Recipe | None = None, workers: int | None = None) -> None:
-    """Build under `root` what is missing or of another recipe: video/, frames/{train,heldout}/, tokenizer/."""
+    """Build under `root` what is missing or changed: video/, frames/{train,heldout}/, tokenizer/."""
     corpus = build_demo_corpus(root, recipe, workers)
     options = PreparationOptions(frames=8, short_side=96)
     for split, tars in (("train", corpus.train_tars), ("heldout", corpus.heldout_tars)):

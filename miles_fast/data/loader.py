@@ -66,9 +66,7 @@ class ClipSource:
         self.encoded = _layout_kind(self.shards, config) == "images"
         self.draw, self.seed = draw, seed
         if data.video_decoder == "nvdec" and not self.encoded:
-            raise ValueError(
-                "data.video_decoder = nvdec is not supported yet: use cpu, or prepare frame shards"
-            )
+            raise ValueError("data.video_decoder = nvdec is not supported yet: use cpu or frame shards")
         self._pool: Executor
         if self.encoded:
             self._pool = ThreadPoolExecutor(data.decode_workers, thread_name_prefix="clips")
