@@ -11,7 +11,7 @@ setup(
     description="High-throughput pre-training of MILES, a dual encoder for video-text retrieval",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.10,<3.13",
     # kernels/ stays at the top level without an __init__.py: Hugging Face has a package of that name.
     packages=[*find_packages(include=["miles_fast", "miles_fast.*"]), "miles_fast.kernels"],
     package_dir={"miles_fast.kernels": "kernels"},
@@ -23,7 +23,7 @@ setup(
         "webdataset>=1.0.2,<1.1",
         "timm>=1.0.29,<1.1",
         "transformers>=5.17,<6",
-        "av>=18,<19",
+        "av>=17.1,<19",
         "pillow",
         "pydantic>=2",
         "pyyaml",

@@ -99,9 +99,7 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
         return latest.parent / latest.read_text().strip()
     if resume == "auto":
         return None
-    raise CheckpointError(
-        f"--resume {resume}: no checkpoint there; name a run's folder or one of its checkpoints"
-    )
+    raise CheckpointError(f"{resume}: no checkpoint there; name a run's folder or one of its checkpoints")
 
 
 def read_step(checkpoint: Path, config: Config) -> int:

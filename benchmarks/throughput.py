@@ -1,0 +1,101 @@
+"""Throughput of one machine, as a table: the loader alone, or whole training steps fed by it.
+
+python benchmarks/throughput.py loader [--config FILE] [section.key=value ...]
+python benchmarks/throughput.py step   [--config FILE] [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles_fast.config import Config, load_config
+from miles_fast.data.demo import prepare_demo
+from miles_fast.data.loader import Loader, Quarantine
+from miles_fast.data.order import Share
+from miles_fast.distributed import configure_logging
+from miles_fast.models.text_encoder import load_tokenizer
+from miles_fast.training.engine import init_process_group, read_ds_config
+from miles_fast.training.loop import pretrain
+from miles_fast.training.progress import read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+WARMUP = 5
+
+
+def measure_loader(config: Config, batch: int, batches: int) -> dict[str, Any]:
+    """Clips/s of the loader with nothing behind it, over `batches` batches after a warm-up."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    loader = Loader(
+        config.data,
+        image_size=config.model.video.image_size,
+        tokenizer=load_tokenizer(config.model.text.tokenizer_source),
+        share=Share(batch=batch),
+        seed=config.run.seed,
+        device=device,
+        quarantine=Quarantine(None),
+    )
+    with contextlib.closing(loader.batches(0)) as stream:
+        for _ in range(WARMUP):
+            next(stream)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(stream)
+        seconds = time.perf_counter() - start
+    loader.close()
+    clips = batch * batches / seconds
+    return {"clips_per_second": clips, "images_per_second": clips * config.data.frames_per_clip}
+
+
+def measure_step(config: Config, settings: Any) -> dict[str, Any]:
+    """Medians over the run's log records after the warm-up: a real training run, its checkpoint included."""
+    pretrain(config, settings)
+    records = [r for r in read_log(Path(config.run.folder)) if "loss" in r and r["step"] > WARMUP]
+    names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
+    return {n: statistics.median(r[n] for r in records) for n in names if all(n in r for r in records)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["loader", "step"])
+    parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
+    parser.add_argument("--ds_config", default=str(ROOT / "ds.json"))
+    parser.add_argument("--batches", type=int, default=50, help="batches of the loader, or steps")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args()
+    configure_logging()
+    with tempfile.TemporaryDirectory() as folder:
+        run = [f"run.steps={options.batches + WARMUP}", f"run.folder={folder}/run", "run.log_every=5"]
+        config = load_config(options.config, [*options.overrides, *run])
+        settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
+        if config.data.demo_corpus:
+            prepare_demo(Path(config.data.demo_corpus))
+        if options.what == "loader":
+            figures = measure_loader(config, settings.batch, options.batches)
+        else:
+            init_process_group()
+            figures = measure_step(config, settings)
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}")
+    for name, value in figures.items():
+        print(f"{name:<24}{value:>12.3f}")
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": machine, "batch": settings.batch, **figures}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
