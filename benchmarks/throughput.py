@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=50, help="batches of the loader, or steps")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     configure_logging()
     with tempfile.TemporaryDirectory() as folder:
         run = [f"run.steps={options.batches + WARMUP}", f"run.folder={folder}/run", "run.log_every=5"]

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--resume", help="auto, or the folder of a run or a checkpoint")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=ranks)
