@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from miles_fast.data.captions import build_vocabulary
@@ -10,12 +11,18 @@ from miles_fast.data.preparation import PreparationOptions, prepare
 from miles_fast.data.shards import ShardSet
 
 
-def prepare_demo(root: Path, recipe: Recipe | None = None, workers: int | None = None) -> None:
-    """Build under `root` what is missing or changed: video/, frames/{train,heldout}/, tokenizer/."""
-    corpus = build_demo_corpus(root, recipe, workers)
+def prepare_demo(root: Path, recipe: Recipe | None = None) -> None:
+    """Build video/, frames/{train,heldout}/ and tokenizer/ under `root`, unless this recipe is there."""
+    recipe = recipe or Recipe()
+    stamp = root / "frames" / "recipe"
+    if stamp.exists() and stamp.read_text() == recipe.fingerprint():
+        return
+    corpus = build_demo_corpus(root, recipe)
+    if stamp.exists():
+        shutil.rmtree(root / "frames")
     options = PreparationOptions(frames=8, short_side=96)
     for split, tars in (("train", corpus.train_tars), ("heldout", corpus.heldout_tars)):
         prepare(tars, root / "frames" / split, options)
-    if not (root / "tokenizer" / "tokenizer.json").exists():
-        shards = ShardSet(sorted((root / "frames" / "train").glob("*.tar")))
-        build_vocabulary((shards.captions(i)[0] for i in range(len(shards))), root / "tokenizer")
+    shards = ShardSet(sorted((root / "frames" / "train").glob("*.tar")))
+    build_vocabulary((shards.captions(i)[0] for i in range(len(shards))), root / "tokenizer")
+    stamp.write_text(recipe.fingerprint())
