@@ -1,4 +1,4 @@
-"""Real weights, where MILES_FAST_WEIGHTS names a folder with vit/vit_s14_timm.safetensors and text/ (DistilBERT)."""
+"""Real weights, where MILES_FAST_WEIGHTS names a folder with vit/vit_s14_timm.safetensors and text/."""
 
 import os
 from pathlib import Path
