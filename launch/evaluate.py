@@ -13,8 +13,9 @@ import torch
 from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.distributed import configure_logging
 from miles_fast.evaluation.retrieval import evaluate_retrieval, table
-from miles_fast.export.run import load, model_folder
+from miles_fast.export.run import load
 from miles_fast.models.text_encoder import load_tokenizer
+from miles_fast.training.checkpoint import model_folder
 
 
 def main() -> None:

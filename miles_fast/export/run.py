@@ -6,20 +6,7 @@ from pathlib import Path
 
 from miles_fast.models.dual_encoder import DualEncoder
 from miles_fast.models.storage import PRETRAINING, read_description, read_model, read_weights, write_model
-from miles_fast.training.checkpoint import find_checkpoint
-
-
-def model_folder(path: str | Path) -> Path:
-    """The model folder that a path means: itself, or the student of a run's newest or the given checkpoint.
-
-    Raises CheckpointError when the path names none.
-    """
-    path = Path(path)
-    if (path / "model.json").is_file():
-        return path
-    checkpoint = find_checkpoint(path, str(path))
-    assert checkpoint is not None
-    return checkpoint / "student"
+from miles_fast.training.checkpoint import model_folder
 
 
 def load(path: str | Path, device: str = "cpu") -> DualEncoder:

@@ -102,6 +102,19 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
     raise CheckpointError(f"{resume}: no checkpoint there; name a run's folder or one of its checkpoints")
 
 
+def model_folder(path: str | Path) -> Path:
+    """The model folder that a path means: itself, or the student of a checkpoint or a run's newest one.
+
+    Raises CheckpointError when the path names none.
+    """
+    path = Path(path)
+    if (path / "model.json").is_file():
+        return path
+    checkpoint = find_checkpoint(path, str(path))
+    assert checkpoint is not None
+    return checkpoint / "student"
+
+
 def read_step(checkpoint: Path, config: Config) -> int:
     """Optimizer steps done. Raises CheckpointError showing the difference when the model section changed."""
     try:

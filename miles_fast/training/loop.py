@@ -19,7 +19,13 @@ from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
 from miles_fast.models.flops import peak_flops, training_flops
 from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
 from miles_fast.models.text_encoder import load_tokenizer
-from miles_fast.training.checkpoint import find_checkpoint, read_step, restore_checkpoint, save_checkpoint
+from miles_fast.training.checkpoint import (
+    find_checkpoint,
+    model_folder,
+    read_step,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from miles_fast.training.engine import EngineSettings, build_engine, init_process_group
 from miles_fast.training.masks import draw_masks
 from miles_fast.training.objective import Objective
@@ -98,7 +104,6 @@ def _train(
     evaluate: Evaluate | None,
 ) -> None:
     meter = Meter(config, loader.share, device)
-    saved = first_step
     with contextlib.closing(loader.batches(first_step)) as batches:
         engine.train()
         for step in range(first_step + 1, config.run.steps + 1):
@@ -124,9 +129,7 @@ def _train(
                 meter.pause()
             if step % config.run.save_every == 0 or last:
                 save_checkpoint(run, step, engine, snapshot, config)
-                saved = step
                 meter.pause()
-    assert saved == max(first_step, config.run.steps)
     barrier()
 
 
@@ -208,11 +211,7 @@ def _masks(config: Config, settings: EngineSettings, micro_step: int) -> Any:
 
 def _initialize(objective: Objective, source: str) -> None:
     """Take weights from an exported folder, or from a run's newest checkpoint with mask token and head."""
-    place = Path(source)
-    if not (place / "model.json").is_file():
-        checkpoint = find_checkpoint(place, str(place))
-        assert checkpoint is not None
-        place = checkpoint / "student"
+    place = model_folder(source)
     read_description(place)
     weights = read_weights(place)
     load_weights(objective.model, weights, f"run.init_from = {source}")
