@@ -1,9 +1,6 @@
 """Divided space-time attention behind one function, with backends chosen by name.
 
-Token order is [CLS], then frame-major patches (frame, position). In both axes the CLS query attends to all
-tokens; a patch query attends to CLS and to the patches at its position (`time`) or in its frame (`space`)
-(spec/miles.md 1.1). Letters: B clips, T frames, P positions per frame, N = 1 + T P tokens, H heads, S head
-width.
+What is computed, and its letters: kernels/divided_attention.py.
 """
 
 from __future__ import annotations
@@ -11,13 +8,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Axis = Literal["time", "space"]
+from miles_fast.kernels.divided_attention import Axis, check_packed_qkv, divided_attention_reference
 
 
 def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: str = "auto") -> Tensor:
@@ -28,11 +24,9 @@ def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: s
     spec/h100.md). Raises ValueError for an unknown backend or axis, or when N is not 1 + a multiple of
     `num_frames`.
     """
-    num_tokens = qkv_BN3HS.shape[1]
     if axis not in ("time", "space"):
         raise ValueError(f"axis = {axis!r}: expected 'time' or 'space'")
-    if (num_tokens - 1) % num_frames:
-        raise ValueError(f"{num_tokens} tokens are not 1 + a multiple of {num_frames} frames")
+    check_packed_qkv(qkv_BN3HS, num_frames)
     if backend == "reference":
         return divided_attention_reference(qkv_BN3HS, num_frames, axis)
     if backend not in ("auto", "sdpa", "flash"):
@@ -45,19 +39,6 @@ def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: s
         else _attend_space(qkv_BN3HS, num_frames, attend)
     )
     return torch.cat([cls_B1HS, patches], dim=1).flatten(2)
-
-
-def divided_attention_reference(qkv_BN3HS: Tensor, num_frames: int, axis: Axis) -> Tensor:
-    """The definition: softmax over the allowed pairs of all N tokens, in the dtype of the input."""
-    query, key, value = qkv_BN3HS.permute(2, 0, 3, 1, 4)
-    num_patches = qkv_BN3HS.shape[1] - 1
-    patch = torch.arange(num_patches, device=qkv_BN3HS.device)
-    per_frame = num_patches // num_frames
-    group = patch % per_frame if axis == "time" else patch // per_frame
-    allowed = F.pad(group[:, None] == group[None, :], (1, 0, 1, 0), value=True)
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-    return (weights @ value).transpose(1, 2).flatten(2)
 
 
 def require_backend(backend: str) -> None:

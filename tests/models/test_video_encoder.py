@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from miles_fast.config import VideoEncoderConfig
-from miles_fast.models.attention import divided_attention, divided_attention_reference
+from miles_fast.kernels.divided_attention import divided_attention_reference
+from miles_fast.models.attention import divided_attention
 from miles_fast.models.video_encoder import SpaceTimeTransformer, load_image_weights
 
 ORDER = ("norm1", "attn", "timeattn", "norm2", "mlp", "norm3")
