@@ -51,24 +51,25 @@ class TarSource:
         return len(self.shards)
 
     def key(self, sample: int) -> str:
-        return safe_key(self.shards.key(sample))
+        return safe_key(self.shards[sample].key)
 
     def identity(self, sample: int) -> str:
-        return f"{self.shards.shard(sample).name}:{self.shards.key(sample)}"
+        found = self.shards[sample]
+        return f"{found.shard.name}:{found.key}"
 
     def describe(self, sample: int) -> str:
-        return self.shards.describe(sample)
+        return str(self.shards[sample])
 
     def load(self, sample: int) -> Clip:
-        captions = tuple(self.shards.captions(sample, every=True))
+        found = self.shards[sample]
         video, pictures = None, ()
-        if self.shards.layout(sample) == "video":
-            video = self.shards.read(sample, self.shards.video_extension(sample))
+        captions = tuple(found.captions(every=True))
+        if found.layout() == "video":
+            video = found.read(found.video_extension())
         else:
-            pictures = tuple(self.shards.read(sample, e) for e in self.shards.frame_extensions(sample))
-        key = self.shards.key(sample)
-        source = {"shard": self.shards.shard(sample).name}
-        return Clip(video=video, pictures=pictures, captions=captions, source=source, name=key)
+            pictures = tuple(found.read(extension) for extension in found.frame_extensions())
+        source = {"shard": found.shard.name}
+        return Clip(video=video, pictures=pictures, captions=captions, source=source, name=found.key)
 
 
 @dataclass(frozen=True)

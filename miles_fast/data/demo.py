@@ -24,5 +24,5 @@ def prepare_demo(root: Path, recipe: Recipe | None = None) -> None:
     for split, tars in (("train", corpus.train_tars), ("heldout", corpus.heldout_tars)):
         prepare(tars, root / "frames" / split, options)
     shards = ShardSet(sorted((root / "frames" / "train").glob("*.tar")))
-    build_vocabulary((shards.captions(i)[0] for i in range(len(shards))), root / "tokenizer")
+    build_vocabulary((shards[i].captions()[0] for i in range(len(shards))), root / "tokenizer")
     stamp.write_text(recipe.fingerprint())

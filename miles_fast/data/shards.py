@@ -5,6 +5,7 @@ Nothing is ever unpacked to disk.
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import os
@@ -13,7 +14,6 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from miles_fast.data.shard_index import ShardError, build_index, load_listing
 
-__all__ = ["SampleError", "ShardError", "ShardSet", "build_index", "expand_shards"]
+__all__ = ["Sample", "SampleError", "ShardError", "ShardSet", "build_index", "expand_shards"]
 
 VIDEO_EXTENSIONS = frozenset({"mp4", "webm", "mkv", "avi", "mov", "gif", "mpg"})
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -99,7 +99,6 @@ class ShardSet:
                 key_ends.append(len(keys))
             shard_sizes.append(len(listing.keys))
         self._extension_names = list(numbers)
-        self._kinds = [_kind(extension) for extension in self._extension_names]
         self._extensions = np.frombuffer(extensions, dtype=np.uint32)
         self._offsets = np.frombuffer(offsets, dtype=np.int64)
         self._sizes = np.frombuffer(sizes, dtype=np.int64)
@@ -123,99 +122,24 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self._key_ends)
 
-    def _check(self, sample: int) -> None:
-        if not 0 <= sample < len(self):
-            raise IndexError(f"sample {sample} of a shard set of {len(self)}")
+    def __getitem__(self, number: int) -> Sample:
+        """One sample, by its number from 0. IndexError where there is none."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of a shard set of {len(self)}")
+        start = int(self._key_ends[number - 1]) if number else 0
+        key = self._keys[start : int(self._key_ends[number])].decode("utf-8", "surrogateescape")
+        first = int(self._member_ends[number - 1]) if number else 0
+        members = slice(first, int(self._member_ends[number]))
+        places = zip(self._offsets[members].tolist(), self._sizes[members].tolist(), strict=True)
+        names = [self._extension_names[extension] for extension in self._extensions[members].tolist()]
+        shard = int(np.searchsorted(self._shard_ends, number, side="right"))
+        found: dict[str, tuple[int, int]] = {}
+        for name, place in zip(names, places, strict=True):
+            found.setdefault(name, place)
+        return Sample(self, shard, key, found)
 
-    def _shard_number(self, sample: int) -> int:
-        self._check(sample)
-        return int(np.searchsorted(self._shard_ends, sample, side="right"))
-
-    def _slice(self, sample: int) -> slice:
-        self._check(sample)
-        return slice(int(self._member_ends[sample - 1]) if sample else 0, int(self._member_ends[sample]))
-
-    def key(self, sample: int) -> str:
-        self._check(sample)
-        start = int(self._key_ends[sample - 1]) if sample else 0
-        return self._keys[start : int(self._key_ends[sample])].decode("utf-8", "surrogateescape")
-
-    def shard(self, sample: int) -> Path:
-        return self.paths[self._shard_number(sample)]
-
-    def extensions(self, sample: int) -> tuple[str, ...]:
-        """What follows the key's dot, for each member in file order: ("00.jpg", ..., "json", "txt")."""
-        return tuple(self._extension_names[number] for number in self._extensions[self._slice(sample)])
-
-    def describe(self, sample: int) -> str:
-        return f"{self.shard(sample)}: sample {self.key(sample)!r}"
-
-    def layout(self, sample: int) -> Literal["frames", "video", "image"]:
-        """Which of the layouts the sample has; a clip in frames is preferred to the video it came from."""
-        kinds = {self._kinds[number] for number in self._extensions[self._slice(sample)]}
-        for kind in ("frames", "video", "image"):
-            if kind in kinds:
-                return kind
-        raise SampleError(
-            f"{self.describe(sample)} has neither frames nor a video nor an image, only "
-            f"{self.extensions(sample)} (what follows the first dot of a name is the extension)",
-            "no media",
-        )
-
-    def frame_extensions(self, sample: int) -> tuple[str, ...]:
-        """Extensions of the frames in the order of their numbers; of an image sample the one image."""
-        layout = self.layout(sample)
-        named = [e for e in self.extensions(sample) if _kind(e) == layout]
-        if layout == "video":
-            raise SampleError(f"{self.describe(sample)} is a video, not frames", "not frames")
-        return (
-            tuple(sorted(named, key=lambda e: (int(e.split(".")[0]), e)))
-            if layout == "frames"
-            else (min(named),)
-        )
-
-    def video_extension(self, sample: int) -> str:
-        named = [e for e in self.extensions(sample) if _kind(e) == "video"]
-        if not named:
-            raise SampleError(
-                f"{self.describe(sample)} has no video, only {self.extensions(sample)}", "no media"
-            )
-        return min(named)
-
-    def read(self, sample: int, extension: str) -> bytes:
-        """Bytes of one member."""
-        members = self._slice(sample)
-        number = self._extension_number(extension)
-        found = np.flatnonzero(self._extensions[members] == number) if number is not None else ()
-        if not len(found):
-            raise SampleError(
-                f"{self.describe(sample)} has no member {extension!r}, only {self.extensions(sample)}",
-                "missing member",
-            )
-        member = members.start + int(found[0])
-        shard = self._shard_number(sample)
-        wanted, start = int(self._sizes[member]), int(self._offsets[member])
-        descriptor = self._descriptor(shard)
-        data = os.pread(descriptor.number, wanted, start)
-        while len(data) < wanted:
-            more = os.pread(descriptor.number, wanted - len(data), start + len(data))
-            if not more:
-                raise ShardError(
-                    f"{self.describe(sample)}: member {extension!r} has {wanted} bytes by the index, "
-                    f"{len(data)} could be read: the shard changed while in use; restore it, or delete its "
-                    ".idx (it is rebuilt)"
-                )
-            data += more
-        return data
-
-    def _extension_number(self, extension: str) -> int | None:
-        return self._extension_numbers.get(extension)
-
-    @cached_property
-    def _extension_numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self._extension_names)}
-
-    def _descriptor(self, shard: int) -> _Descriptor:
+    def descriptor(self, shard: int) -> _Descriptor:
+        """Open file of a shard, kept open until many others were read."""
         with self._lock:
             descriptor = self._open.get(shard)
             if descriptor is None:
@@ -230,34 +154,123 @@ class ShardSet:
             self._open.move_to_end(shard)
             return descriptor
 
-    def captions(self, sample: int, *, every: bool = False) -> list[str]:
-        """Captions of one sample: the whole of KEY.txt, else `caption` or `captions` of KEY.json.
+
+class Sample:
+    """One sample of a shard set: its key, its shard, and the members that can be read of it."""
+
+    def __init__(self, shards: ShardSet, shard_number: int, key: str, places: dict[str, tuple[int, int]]):
+        self._shards, self._shard_number, self._places = shards, shard_number, places
+        self.key = key
+
+    @property
+    def shard(self) -> Path:
+        """The tar that holds it."""
+        return self._shards.paths[self._shard_number]
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """What follows the key's dot, for each member in file order: ("00.jpg", ..., "json", "txt")."""
+        return tuple(self._places)
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample {self.key!r}"
+
+    def layout(self) -> Literal["frames", "video", "image"]:
+        """Which of the layouts the sample has; a clip in frames is preferred to the video it came from."""
+        kinds = {_kind(extension) for extension in self._places}
+        for kind in ("frames", "video", "image"):
+            if kind in kinds:
+                return kind
+        raise SampleError(
+            f"{self} has neither frames nor a video nor an image, only {self.extensions} (what follows the "
+            "first dot of a name is the extension)",
+            "no media",
+        )
+
+    def frame_extensions(self) -> tuple[str, ...]:
+        """Extensions of the frames in the order of their numbers; of an image sample the one image."""
+        layout = self.layout()
+        named = [e for e in self._places if _kind(e) == layout]
+        if layout == "video":
+            raise SampleError(f"{self} is a video, not frames", "not frames")
+        if layout == "image":
+            return (min(named),)
+        return tuple(sorted(named, key=lambda e: (int(e.split(".")[0]), e)))
+
+    def video_extension(self) -> str:
+        named = [e for e in self._places if _kind(e) == "video"]
+        if not named:
+            raise SampleError(f"{self} has no video, only {self.extensions}", "no media")
+        return min(named)
+
+    def read(self, extension: str) -> bytes:
+        """Bytes of one member."""
+        place = self._places.get(extension)
+        if place is None:
+            raise SampleError(f"{self} has no member {extension!r}, only {self.extensions}", "missing member")
+        start, wanted = place
+        descriptor = self._shards.descriptor(self._shard_number)
+        data = os.pread(descriptor.number, wanted, start)
+        while len(data) < wanted:
+            more = os.pread(descriptor.number, wanted - len(data), start + len(data))
+            if not more:
+                raise ShardError(
+                    f"{self}: member {extension!r} has {wanted} bytes by the index, {len(data)} could be "
+                    "read: the shard changed while in use; restore it, or delete its .idx (it is rebuilt)"
+                )
+            data += more
+        return data
+
+    def record(self) -> dict:
+        """KEY.json, {} where there is none or it holds no object. SampleError when it is not JSON."""
+        if "json" not in self._places:
+            return {}
+        data = self.read("json")
+        try:
+            record = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise SampleError(f"{self}: KEY.json is not JSON ({error})", "json not readable") from error
+        return record if isinstance(record, dict) else {}
+
+    def captions(self, *, every: bool = False, record: dict | None = None) -> list[str]:
+        """Captions: the whole of KEY.txt, else `caption` or `captions` of KEY.json.
 
         With `every`, the list `captions` of KEY.json comes first: preparation keeps all captions of a clip
-        there and the first one in KEY.txt. SampleError: no caption, empty caption, caption not readable.
+        there and the first one in KEY.txt. `record` is KEY.json where the caller has read it. SampleError: no
+        caption, empty caption, caption not readable.
         """
-        extensions = self.extensions(sample)
-        if "json" in extensions and (every or "txt" not in extensions):
-            found = _json_captions(
-                self.read(sample, "json"), self.describe(sample), every and "txt" in extensions
-            )
-            if found is not None:
-                return found
-        if "txt" not in extensions:
-            raise SampleError(
-                f"{self.describe(sample)} has no caption: KEY.txt or `caption` in KEY.json", "no caption"
-            )
+        spoken = "txt" in self._places
+        if every or not spoken:
+            try:
+                record = self.record() if record is None else record
+            except SampleError as error:
+                if not spoken:
+                    raise SampleError(str(error), "caption not readable") from error
+                record = {}
+            found = _listed_captions(record)
+            if found or not spoken:
+                return found or [self._only_caption(record)]
         try:
-            text = self.read(sample, "txt").decode("utf-8").strip()
+            text = self.read("txt").decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise SampleError(
-                f"{self.describe(sample)}: KEY.txt is not UTF-8 ({error})", "caption not readable"
-            ) from error
+            raise SampleError(f"{self}: KEY.txt is not UTF-8 ({error})", "caption not readable") from error
         if not text:
-            raise SampleError(f"{self.describe(sample)}: KEY.txt is empty", "empty caption")
+            raise SampleError(f"{self}: KEY.txt is empty", "empty caption")
         return [text]
 
+    def _only_caption(self, record: dict) -> str:
+        """`caption` of KEY.json, for a sample without KEY.txt."""
+        if isinstance(record.get("captions"), list) and record["captions"]:
+            raise SampleError(f"{self}: every caption of KEY.json is empty", "empty caption")
+        caption = record.get("caption")
+        if not isinstance(caption, str):
+            raise SampleError(f"{self} has no caption: KEY.txt or `caption` in KEY.json", "no caption")
+        if not caption.strip():
+            raise SampleError(f"{self}: the caption in KEY.json is empty", "empty caption")
+        return caption.strip()
 
+
+@functools.cache
 def _kind(extension: str) -> str | None:
     extension = extension.lower()
     if _FRAME.match(extension):
@@ -265,22 +278,8 @@ def _kind(extension: str) -> str | None:
     return "video" if extension in VIDEO_EXTENSIONS else "image" if extension in IMAGE_EXTENSIONS else None
 
 
-def _json_captions(data: bytes, sample: str, optional: bool) -> list[str] | None:
-    """Captions in the bytes of KEY.json; where optional, only a list counts and nothing is an error."""
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        if optional:
-            return None
-        raise SampleError(f"{sample}: KEY.json is not JSON ({error})", "caption not readable") from error
-    record = record if isinstance(record, dict) else {}
+def _listed_captions(record: dict) -> list[str]:
+    """The texts of `captions` in KEY.json that say something."""
     listed = record.get("captions")
-    if not isinstance(listed, list) or not listed:
-        listed = [] if optional else [record.get("caption")]
-    captions = [caption.strip() for caption in listed if isinstance(caption, str)]
-    found = [caption for caption in captions if caption]
-    if found or optional:
-        return found or None
-    if captions:
-        raise SampleError(f"{sample}: every caption of KEY.json is empty", "empty caption")
-    return None
+    captions = [c.strip() for c in listed if isinstance(c, str)] if isinstance(listed, list) else []
+    return [caption for caption in captions if caption]

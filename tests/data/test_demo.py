@@ -11,9 +11,9 @@ def test_the_demo_is_prepared_once_and_again_for_another_recipe(tmp_path):
     (tar,) = (tmp_path / "frames" / "train").glob("*.tar")
     first = (tar.stat().st_mtime_ns, tar.read_bytes())
     shards = ShardSet([tar])
-    assert len(shards) == 6 and len(shards.frame_extensions(0)) == 8
+    assert len(shards) == 6 and len(shards[0].frame_extensions()) == 8
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
-    assert tokenizer.unk_token_id not in tokenizer(shards.captions(5)[0])["input_ids"]
+    assert tokenizer.unk_token_id not in tokenizer(shards[5].captions()[0])["input_ids"]
     prepare_demo(tmp_path, Recipe(num_train=6, num_heldout=3))
     assert (tar.stat().st_mtime_ns, tar.read_bytes()) == first
     prepare_demo(tmp_path, Recipe(num_train=7, num_heldout=3))

@@ -61,15 +61,15 @@ def test_tars_become_frame_shards(tars, tmp_path):
     assert [path.name for path in summary.shards] == ["00000.tar", "00001.tar", "00002.tar"]
     assert summary.num_bytes == sum(path.stat().st_size for path in summary.shards)
     shards = ShardSet(summary.shards, missing_index="error")
-    assert [shards.key(i) for i in range(8)] == ["k00", "k01", "k02", "k04", "k10", "k12", "k13", "k14"]
-    assert shards.extensions(0) == ("00.jpg", "01.jpg", "02.jpg", "03.jpg", "json", "txt")
-    assert shards.captions(3) == ["caption of k04"]
-    jpegs = [shards.read(0, f"0{n}.jpg") for n in range(4)]
+    assert [shards[i].key for i in range(8)] == ["k00", "k01", "k02", "k04", "k10", "k12", "k13", "k14"]
+    assert shards[0].extensions == ("00.jpg", "01.jpg", "02.jpg", "03.jpg", "json", "txt")
+    assert shards[3].captions() == ["caption of k04"]
+    jpegs = [shards[0].read(f"0{n}.jpg") for n in range(4)]
     assert pixels(jpegs[0]).shape == (32, 43, 3)
     assert [float(pixels(j).mean()) for j in jpegs] == pytest.approx(
         [LEVELS[n] for n in (1, 4, 7, 10)], abs=2
     )
-    record = json.loads(shards.read(0, "json"))
+    record = json.loads(shards[0].read("json"))
     assert record["crc32"] == [zlib.crc32(j) for j in jpegs]
     assert (record["key"], record["num_frames"], record["width"], record["height"]) == ("k00", 4, 43, 32)
     assert record["timestamps_seconds"] == pytest.approx([n / 30 for n in (1, 4, 7, 10)], abs=1e-3)
@@ -168,18 +168,18 @@ def test_full_disk(tars, tmp_path, monkeypatch):
 def test_short_clips_keep_each_frame_once(tmp_path, write_tar, encode_video):
     tar = write_tar(tmp_path / "x.tar", [("a.mp4", encode_video([10, 100, 200])), ("a.txt", b"said")])
     shards = ShardSet(prepare([tar], tmp_path / "out", alone(frames=8, short_side=256)).shards)
-    assert shards.frame_extensions(0) == ("00.jpg", "01.jpg", "02.jpg")
-    assert [float(pixels(shards.read(0, e)).mean()) for e in shards.frame_extensions(0)] == pytest.approx(
+    assert shards[0].frame_extensions() == ("00.jpg", "01.jpg", "02.jpg")
+    assert [float(pixels(shards[0].read(e)).mean()) for e in shards[0].frame_extensions()] == pytest.approx(
         [10, 100, 200], abs=2
     )
-    assert pixels(shards.read(0, "00.jpg")).shape == (48, 64, 3)
+    assert pixels(shards[0].read("00.jpg")).shape == (48, 64, 3)
 
 
 def test_prepared_shards_can_be_prepared_again(tars, tmp_path):
     first = prepare(tars, tmp_path / "first", alone()).shards
     shards = ShardSet(prepare(first, tmp_path / "second", alone(frames=2, short_side=16)).shards)
-    assert len(shards) == 8 and shards.captions(0) == ["caption of k00"]
-    assert [float(pixels(shards.read(0, f"0{n}.jpg")).mean()) for n in range(2)] == pytest.approx(
+    assert len(shards) == 8 and shards[0].captions() == ["caption of k00"]
+    assert [float(pixels(shards[0].read(f"0{n}.jpg")).mean()) for n in range(2)] == pytest.approx(
         [LEVELS[1], LEVELS[7]], abs=3
     )
 
@@ -204,13 +204,13 @@ def test_folder_with_csv(folder, tmp_path):
     summary = prepare([folder], tmp_path / "out", alone(), listed)
     assert summary.dropped == {"file missing": 1, "file outside folder": 1, "not decodable": 1}
     shards = ShardSet(summary.shards)
-    assert [shards.key(i) for i in range(3)] == ["one_two", "deep/-dash", "still"]
-    assert shards.captions(0) == ["a, b"] and shards.captions(0, every=True) == ["a, b", "second"]
-    assert json.loads(shards.read(0, "json"))["source"]["name"] == "one.two"
-    assert json.loads(shards.read(0, "json"))["source"]["file"] == "one.two.mp4"
-    still = pixels(shards.read(2, "00.jpg"))
+    assert [shards[i].key for i in range(3)] == ["one_two", "deep/-dash", "still"]
+    assert shards[0].captions() == ["a, b"] and shards[0].captions(every=True) == ["a, b", "second"]
+    assert json.loads(shards[0].read("json"))["source"]["name"] == "one.two"
+    assert json.loads(shards[0].read("json"))["source"]["file"] == "one.two.mp4"
+    still = pixels(shards[2].read("00.jpg"))
     assert still.shape == (32, 53, 3) and still.min() >= 254
-    assert shards.frame_extensions(2) == ("00.jpg",)
+    assert shards[2].frame_extensions() == ("00.jpg",)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_folder_with_csv(folder, tmp_path):
 def test_caption_files(folder, tmp_path, name, text):
     (tmp_path / name).write_text(text)
     shards = ShardSet(prepare([folder], tmp_path / "out", alone(), tmp_path / name).shards)
-    assert (shards.key(0), shards.captions(0)) == ("one_two", ["said"])
+    assert (shards[0].key, shards[0].captions()) == ("one_two", ["said"])
 
 
 @pytest.mark.parametrize(
@@ -291,4 +291,4 @@ def test_real_manifest(real_clips, tmp_path):
     assert summary.kept + sum(summary.dropped.values()) == 8
     shards = ShardSet(summary.shards)
     said = {entry["caption"] for entry in entries}
-    assert {shards.captions(i)[0] for i in range(len(shards))} <= said
+    assert {shards[i].captions()[0] for i in range(len(shards))} <= said

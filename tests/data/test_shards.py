@@ -48,16 +48,16 @@ def test_reads_what_the_tar_holds(tar, rebuilt):
         build_index(tar)
     shards = ShardSet([tar])
     assert len(shards) == 3
-    assert [shards.key(i) for i in range(3)] == ["a", "deep/b", "c"]
-    assert shards.extensions(0) == ("00.jpg", "01.jpg", "json", "txt")
-    assert [shards.layout(i) for i in range(3)] == ["frames", "video", "image"]
-    assert shards.frame_extensions(0) == ("00.jpg", "01.jpg")
-    assert shards.frame_extensions(2) == ("JPG",)
-    assert shards.video_extension(1) == "mp4"
+    assert [shards[i].key for i in range(3)] == ["a", "deep/b", "c"]
+    assert shards[0].extensions == ("00.jpg", "01.jpg", "json", "txt")
+    assert [shards[i].layout() for i in range(3)] == ["frames", "video", "image"]
+    assert shards[0].frame_extensions() == ("00.jpg", "01.jpg")
+    assert shards[2].frame_extensions() == ("JPG",)
+    assert shards[1].video_extension() == "mp4"
     keys = {"a": 0, "deep/b": 1, "c": 2}
     for name, data in MEMBERS:
         key, _, extension = name.partition(".")
-        assert shards.read(keys[key], extension) == data
+        assert shards[keys[key]].read(extension) == data
 
 
 def test_several_shards_and_processes(tmp_path, write_tar):
@@ -67,13 +67,13 @@ def test_several_shards_and_processes(tmp_path, write_tar):
     ]
     shards = ShardSet(paths)
     expected = ["0-0", "1-0", "1-1", "2-0", "2-1", "2-2"]
-    assert [shards.captions(i)[0] for i in range(6)] == expected
-    assert [shards.shard(i) for i in range(6)] == [paths[n] for n in (0, 1, 1, 2, 2, 2)]
+    assert [shards[i].captions()[0] for i in range(6)] == expected
+    assert [shards[i].shard for i in range(6)] == [paths[n] for n in (0, 1, 1, 2, 2, 2)]
     copy = pickle.loads(pickle.dumps(shards))
-    assert [copy.read(i, "txt").decode() for i in range(6)] == expected
+    assert [copy[i].read("txt").decode() for i in range(6)] == expected
     for wrong in (-1, 6):
         with pytest.raises(IndexError, match="shard set of 6"):
-            shards.key(wrong)
+            shards[wrong]
 
 
 def test_threads_share_few_descriptors(tmp_path, write_tar, monkeypatch):
@@ -83,7 +83,7 @@ def test_threads_share_few_descriptors(tmp_path, write_tar, monkeypatch):
     wrong = []
 
     def read():
-        wrong.extend(n for n in list(range(8)) * 20 if shards.read(n, "txt") != b"%d" % n)
+        wrong.extend(n for n in list(range(8)) * 20 if shards[n].read("txt") != b"%d" % n)
 
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
@@ -97,7 +97,7 @@ def test_threads_share_few_descriptors(tmp_path, write_tar, monkeypatch):
 def test_frames_are_ordered_by_number(tmp_path, write_tar):
     names = ["k.100.jpg", "k.99.jpg", "k.7.jpg"]
     shards = ShardSet([write_tar(tmp_path / "x.tar", [(name, b"") for name in names])])
-    assert shards.frame_extensions(0) == ("7.jpg", "99.jpg", "100.jpg")
+    assert shards[0].frame_extensions() == ("7.jpg", "99.jpg", "100.jpg")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_frames_are_ordered_by_number(tmp_path, write_tar):
 )
 def test_captions(tmp_path, write_tar, members, every, expected):
     tar = write_tar(tmp_path / "x.tar", [(f"k.{e}", data) for e, data in members.items()])
-    assert ShardSet([tar]).captions(0, every=every) == expected
+    assert ShardSet([tar])[0].captions(every=every) == expected
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_captions(tmp_path, write_tar, members, every, expected):
 def test_bad_captions_have_a_cause(tmp_path, write_tar, members, cause):
     shards = ShardSet([write_tar(tmp_path / "x.tar", [(f"k.{e}", data) for e, data in members.items()])])
     with pytest.raises(SampleError, match="x.tar: sample 'k'") as raised:
-        shards.captions(0)
+        shards[0].captions()
     assert raised.value.cause == cause
     again = pickle.loads(pickle.dumps(raised.value))
     assert (str(again), again.cause) == (str(raised.value), cause)
@@ -143,10 +143,10 @@ def test_bad_captions_have_a_cause(tmp_path, write_tar, members, cause):
 def test_dots_in_keys_are_named(tmp_path, write_tar):
     shards = ShardSet([write_tar(tmp_path / "x.tar", [("k.15.mp4", b""), ("k.16.mp4", b"")])])
     with pytest.raises(SampleError, match="first dot") as raised:
-        shards.layout(0)
+        shards[0].layout()
     assert raised.value.cause == "no media"
     with pytest.raises(SampleError, match="no member 'txt'"):
-        shards.read(0, "txt")
+        shards[0].read("txt")
 
 
 def _truncate(tar, size):
@@ -253,7 +253,7 @@ def test_index_not_wanted_or_not_writable(tar, monkeypatch, caplog):
 
 def test_white_space_stays_in_memory(tmp_path, write_tar):
     tar = write_tar(tmp_path / "x.tar", [("my clip.txt", b"said")])
-    assert ShardSet([tar]).captions(0) == ["said"]
+    assert ShardSet([tar])[0].captions() == ["said"]
     with pytest.raises(ShardError, match="white space"):
         build_index(tar)
 
@@ -262,7 +262,7 @@ def test_shard_shrinks_while_in_use(tar):
     shards = ShardSet([tar])
     _truncate(tar, 5200)
     with pytest.raises(ShardError, match="1000 bytes by the index"):
-        shards.read(1, "mp4")
+        shards[1].read("mp4")
 
 
 def test_expand_shards(tmp_path):
@@ -280,4 +280,4 @@ def test_expand_shards(tmp_path):
 def test_json_written_by_preparation_round_trips(tmp_path, write_tar):
     record = {"captions": ["zwei", "ein"], "crc32": [1]}
     tar = write_tar(tmp_path / "x.tar", [("k.json", json.dumps(record).encode())])
-    assert json.loads(ShardSet([tar]).read(0, "json")) == record
+    assert json.loads(ShardSet([tar])[0].read("json")) == record
