@@ -23,6 +23,7 @@ from pathlib import Path
 from miles_fast.data.clip_frames import encode_clip
 from miles_fast.data.clip_sources import FolderSource, TarSource
 from miles_fast.data.shards import SampleError, build_index, expand_shards
+from miles_fast.files import write_whole
 
 # Part of the plan: a change of what is written for the same input must not mix with shards written before it.
 _FORMAT = 1
@@ -149,7 +150,7 @@ def _claim(output: Path, plan: dict) -> None:
             f"{output} already holds {strangers[0].name}, not from here: name another output"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(plan))
+    write_whole(path, json.dumps(plan))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +233,7 @@ def _write_shard(job: _Job, number: int, samples: range) -> dict:
             build_index(path)
         num_bytes = path.stat().st_size if kept else 0
         record = {"plan": job.plan, "shard": number, "bytes": num_bytes, "kept": kept, "dropped": dropped}
-        _write(_record_path(job.output, number), json.dumps(record))
+        write_whole(_record_path(job.output, number), json.dumps(record))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -263,7 +264,7 @@ def _finished(output: Path, number: int, plan: str) -> dict | None:
 
 def _report(output: Path, records: list[dict], options: PreparationOptions, seconds: float) -> Summary:
     dropped = [line for record in records for line in record["dropped"]]
-    _write(
+    write_whole(
         output / "quarantine.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in dropped)
     )
     summary = Summary(
@@ -275,16 +276,10 @@ def _report(output: Path, records: list[dict], options: PreparationOptions, seco
     )
     written = asdict(summary) | {"shards": [path.name for path in summary.shards], "options": asdict(options)}
     written["not_written"] = [f"{record['shard']:05d}.tar" for record in records if not record["kept"]]
-    _write(output / "summary.json", json.dumps(written, indent=1) + "\n")
+    write_whole(output / "summary.json", json.dumps(written, indent=1) + "\n")
     if not summary.kept:
         raise PreparationError(
             f"{output}: none of {len(dropped)} samples is usable {summary.dropped}; "
             f"see {output / 'quarantine.jsonl'}"
         )
     return summary
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from miles_fast.config import Config, model_difference, to_dict
 from miles_fast.distributed import barrier, gather_objects, logger, rank
+from miles_fast.files import write_whole
 from miles_fast.models.storage import PRETRAINING, write_model
 from miles_fast.training.engine import full_weights
 from miles_fast.training.objective import Objective
@@ -57,7 +58,7 @@ def save_checkpoint(run: Path, step: int, engine: Any, snapshot: Snapshot | None
     if rank() == 0:
         shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(partial, folder / name)
-        _write_text(folder / "latest", name + "\n")
+        write_whole(folder / "latest", name + "\n")
         for old in sorted(folder.glob("step-*"))[: -config.run.keep_checkpoints]:
             shutil.rmtree(old)
     barrier()
@@ -82,7 +83,7 @@ def _write(partial: Path, step: int, engine: Any, snapshot: Snapshot | None, con
     if snapshot is not None:
         average = {key: tensor.cpu().contiguous() for key, tensor in snapshot.state_dict().items()}
         save_file(average, partial / "snapshot.safetensors")
-    _write_text(
+    write_whole(
         partial / "state.json", json.dumps({"step": step, "config": to_dict(config)}, indent=2) + "\n"
     )
 
@@ -175,12 +176,3 @@ def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

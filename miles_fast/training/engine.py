@@ -133,6 +133,18 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
     return engine
 
 
+def gradient_norm(engine: Any) -> Tensor | None:
+    """Norm of the whole gradient between backward and step, where DeepSpeed keeps none: fp32 at ZeRO 0.
+
+    Elsewhere None: `engine.get_global_grad_norm()` has it after the step. Ranks agree: ZeRO 0 has
+    summed the gradients by then.
+    """
+    if engine.zero_optimization_stage() or engine.bfloat16_enabled():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """Whole float32 weights of the objective by name, on the CPU; all ranks must call it (ZeRO gathers)."""
     from deepspeed.utils import safe_get_full_fp32_param

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miles_fast.config import Config, to_dict
-from miles_fast.data.loader import Batch, Loader, Quarantine
+from miles_fast.data.batches import Batch, Quarantine
+from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
 from miles_fast.distributed import barrier, gather_objects, logger, rank, sum_over_ranks, world_size
 from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
@@ -26,9 +28,9 @@ from miles_fast.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from miles_fast.training.engine import EngineSettings, build_engine, init_process_group
+from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
 from miles_fast.training.masks import draw_masks
-from miles_fast.training.objective import Objective
+from miles_fast.training.objective import Losses, Objective
 from miles_fast.training.progress import StepLog
 from miles_fast.training.snapshot import Snapshot
 
@@ -88,7 +90,6 @@ def pretrain(
         _train(config, settings, engine, snapshot, loader, log, run, device, first_step, evaluate)
     finally:
         log.close()
-        loader.close()
 
 
 def _train(
@@ -113,13 +114,13 @@ def _train(
                 waiting = time.perf_counter()
                 batch = next(batches)
                 meter.waited(time.perf_counter() - waiting)
-                losses = train_step(engine, snapshot, batch, with_statistics=logs)
+                losses, norm = train_step(engine, snapshot, batch, with_statistics=logs)
             if snapshot is not None:
                 snapshot.follow(engine.module.model, step)
             log.advance()
             meter.stepped()
             if logs:
-                record = meter.record(losses, engine, loader.quarantine)
+                record = meter.record(losses, norm, engine, loader.quarantine)
                 log.write(step, record, show=("loss", "clips_per_second"))
             if evaluate is not None and (
                 last or (config.run.evaluate_every and step % config.run.evaluate_every == 0)
@@ -133,15 +134,21 @@ def _train(
     barrier()
 
 
-def train_step(engine: Any, snapshot: Snapshot | None, batch: Batch, *, with_statistics: bool) -> Any:
-    """One micro step: targets, the student's passes, backward, and DeepSpeed's step at its boundary."""
+def train_step(
+    engine: Any, snapshot: Snapshot | None, batch: Batch, *, with_statistics: bool
+) -> tuple[Losses, Tensor | None]:
+    """One micro step: targets, the student's passes, backward, and DeepSpeed's step at its boundary.
+
+    With statistics also the gradient's norm, where DeepSpeed keeps none.
+    """
     target = snapshot.encode(batch.video_BTCHW) if snapshot is not None else None
     losses = engine(
         batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM, target, with_statistics
     )
     engine.backward(losses.total)
+    norm = gradient_norm(engine) if with_statistics else None
     engine.step()
-    return losses
+    return losses, norm
 
 
 class Meter:
@@ -168,13 +175,15 @@ class Meter:
         """One optimizer step is issued."""
         self._steps += 1
 
-    def record(self, losses: Any, engine: Any, quarantine: Quarantine) -> dict[str, Any]:
+    def record(
+        self, losses: Losses, norm: Tensor | None, engine: Any, quarantine: Quarantine
+    ) -> dict[str, Any]:
         """Figures since the last record; the one place of the loop that waits for the device."""
         values = torch.stack([value.detach().float() for value in losses])
         loss, contrastive, regression, cosine, std = (sum_over_ranks(values) / world_size()).tolist()
         seconds, steps = max(time.perf_counter() - self._start, 1e-9), max(self._steps, 1)
         clips = self._clips_per_step * self._steps / seconds
-        norm = engine.get_global_grad_norm()
+        norm = engine.get_global_grad_norm() if norm is None else norm
         record = {
             "loss": loss,
             "contrastive": contrastive,
@@ -185,10 +194,9 @@ class Meter:
             "clips_per_second": clips,
             "step_milliseconds": 1000 * seconds / steps,
             "data_wait_milliseconds": 1000 * self._waited / steps,
+            "gradient_norm": float(norm),
             "bad_samples": dict(quarantine.counts),
         }
-        if norm is not None:  # DeepSpeed keeps none for fp32 at ZeRO 0
-            record["gradient_norm"] = float(norm)
         if self._device.type == "cuda":
             record["memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         if self._peak:

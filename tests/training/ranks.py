@@ -14,7 +14,8 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from tiny import ds_tree, tiny_config  # noqa: E402
 
-from miles_fast.data.loader import Loader, Quarantine  # noqa: E402
+from miles_fast.data.batches import Quarantine  # noqa: E402
+from miles_fast.data.loader import Loader  # noqa: E402
 from miles_fast.data.order import Share  # noqa: E402
 from miles_fast.distributed import barrier, rank, world_size  # noqa: E402
 from miles_fast.models.dual_encoder import build_dual_encoder  # noqa: E402
@@ -79,7 +80,6 @@ def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
             norms.append(float(engine.get_global_grad_norm()))
         keys.append(list(item.keys))
     batches.close()
-    loader.close()
     weights = full_weights(engine)
     return {
         "losses": losses,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,16 @@ def test_views_train_and_the_log_holds_the_figures(root, tmp_path, view):
             assert record["target_std"] > 0.1
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_logged_gradient_norm_is_the_same_at_every_stage(root, tmp_path, accumulation):
+    norms = []
+    for stage in (0, 1):
+        config = tiny_config(root, run={"folder": str(tmp_path / str(stage)), "steps": 3})
+        log = train(config, stage=stage, batch=4 // accumulation, accumulation=accumulation)
+        norms.append([record["gradient_norm"] for record in log])
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
+
+
 def test_accumulation_takes_the_same_samples(root, tmp_path):
     log = train(tiny_config(root, run={"folder": str(tmp_path / "r"), "steps": 2}), batch=2, accumulation=2)
     assert len(log) == 2 and all(np.isfinite(r["loss"]) for r in log)
@@ -114,6 +125,7 @@ def test_stages_chain_and_sources_alternate(root, tmp_path):
 
 def test_export_loads_and_gives_the_same_embeddings(root, tmp_path):
     from miles_fast.data.clips import ClipDraw, read_clip
+    from miles_fast.data.loader import EvaluationLoader
     from miles_fast.data.shards import ShardSet
     from miles_fast.evaluation.retrieval import evaluate_retrieval
     from miles_fast.models.text_encoder import load_tokenizer
@@ -124,7 +136,10 @@ def test_export_loads_and_gives_the_same_embeddings(root, tmp_path):
     def evaluate(model, device):
         tokenizer = load_tokenizer(config.model.text.tokenizer_source)
         source = config.data.evaluation[0]
-        result = evaluate_retrieval(model, source, config.data, tokenizer=tokenizer, batch=4, device=device)
+        loader = EvaluationLoader(
+            source, config.data, image_size=32, tokenizer=tokenizer, batch=4, device=device
+        )
+        result = evaluate_retrieval(model, loader)
         seen.append((result, model.embed_video(torch.ones(1, 2, 3, 32, 32)).detach()))
         return {"r1": result.text_to_video.r1}
 
@@ -141,7 +156,9 @@ def test_export_loads_and_gives_the_same_embeddings(root, tmp_path):
     names = set(model.state_dict())
     assert not [n for n in names if "mask_token" in n or "head" in n]
     assert {"vid_proj.0.weight", "text_proj.1.bias", "video_model.blocks.1.timeattn.qkv.weight"} <= names
-    again = read_clip(ShardSet([root / "heldout" / "00000.tar"]), 0, ClipDraw(num_frames=2), None)
+    again = read_clip(
+        ShardSet([root / "heldout" / "00000.tar"]), 0, ClipDraw(num_frames=2, takes="jpeg"), None
+    )
     text = model.encode_text([again.caption])
     np.testing.assert_allclose(text.norm(dim=-1).detach(), 1, atol=1e-6)
 
@@ -183,6 +200,39 @@ def test_a_full_disk_leaves_the_older_checkpoint(root, tmp_path, monkeypatch):
     folder = tmp_path / "run" / "checkpoints"
     assert (folder / "latest").read_text() == "step-00000002\n"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000002"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many KiB; skips where that is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(kib):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a small file system cannot be mounted: {error}")
+        return place
+
+    yield mount
+    subprocess.run(["umount", str(place)], capture_output=True)
+
+
+def test_a_disk_that_really_fills_up_keeps_the_older_checkpoint(root, tmp_path, small_disk):
+    train(tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 2, "save_every": 2}))
+    whole = tmp_path / "run" / "checkpoints" / "step-00000002"
+    size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    disk = small_disk(int(1.6 * size / 1024))
+    config = tiny_config(root, run={"folder": str(disk / "run"), "steps": 4, "save_every": 2})
+    with pytest.raises(CheckpointError, match="older checkpoints are untouched.*--resume auto"):
+        train(config)
+    folder = disk / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000002"]
+    subprocess.run(["mount", "-o", f"remount,size={4 * size // 1024}k", str(disk)], check=True)
+    resumed = train(config, resume="auto")
+    assert [record["step"] for record in resumed] == [1, 2, 3, 4]
 
 
 def test_ds_json_that_contradicts_is_refused(root):
