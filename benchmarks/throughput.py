@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from miles_fast.config import Config, load_config
+from miles_fast.data.batches import Quarantine
 from miles_fast.data.demo import prepare_demo
-from miles_fast.data.loader import Loader, Quarantine
+from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
 from miles_fast.distributed import configure_logging
 from miles_fast.models.text_encoder import load_tokenizer
@@ -51,7 +52,6 @@ def measure_loader(config: Config, batch: int, batches: int) -> dict[str, Any]:
         for _ in range(batches):
             next(stream)
         seconds = time.perf_counter() - start
-    loader.close()
     clips = batch * batches / seconds
     return {"clips_per_second": clips, "images_per_second": clips * config.data.frames_per_clip}
 

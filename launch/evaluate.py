@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from miles_fast.config import DataConfig, SourceConfig
+from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import configure_logging
 from miles_fast.evaluation.retrieval import evaluate_retrieval, table
 from miles_fast.export.run import load
@@ -32,14 +33,16 @@ def main() -> None:
     folder = model_folder(options.model)
     source = SourceConfig(shards=options.shards, name="evaluation")
     data = DataConfig(train=[source], frames_per_clip=options.frames, caption_tokens=options.caption_tokens)
-    result = evaluate_retrieval(
-        load(folder, str(device)),
+    model = load(folder, str(device))
+    loader = EvaluationLoader(
         source,
         data,
+        image_size=model.config.video.image_size,
         tokenizer=load_tokenizer(folder / "tokenizer"),
         batch=options.batch,
         device=device,
     )
+    result = evaluate_retrieval(model, loader)
     print(table(result))
     if options.json:
         options.json.write_text(json.dumps(asdict(result), indent=2) + "\n")

@@ -13,6 +13,7 @@ import torch
 
 from miles_fast.config import Config, load_config
 from miles_fast.data.demo import prepare_demo
+from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import barrier, configure_logging, logger, rank
 from miles_fast.evaluation.retrieval import evaluate_retrieval
 from miles_fast.models.dual_encoder import DualEncoder
@@ -50,16 +51,23 @@ def _evaluation(config: Config, batch: int) -> Any:
     if not config.data.evaluation:
         return None
     tokenizer = load_tokenizer(config.model.text.tokenizer_source)
+    loaders: list[EvaluationLoader] = []
 
     def evaluate(model: DualEncoder, device: torch.device) -> dict[str, Any]:
-        results = {}
-        for source in config.data.evaluation:
-            result = evaluate_retrieval(
-                model, source, config.data, tokenizer=tokenizer, batch=batch, device=device
+        if not loaders:
+            size = model.config.video.image_size
+            loaders.extend(
+                EvaluationLoader(
+                    source, config.data, image_size=size, tokenizer=tokenizer, batch=batch, device=device
+                )
+                for source in config.data.evaluation
             )
-            results[source.name] = asdict(result)
+        results = {}
+        for loader in loaders:
+            result = evaluate_retrieval(model, loader)
+            results[loader.name] = asdict(result)
             forth, back = result.text_to_video, result.video_to_text
-            logger.info("%s: R@1 %.2f / %.2f %%", source.name, 100 * forth.r1, 100 * back.r1)
+            logger.info("%s: R@1 %.2f / %.2f %%", loader.name, 100 * forth.r1, 100 * back.r1)
         return results
 
     return evaluate

@@ -2,7 +2,8 @@
 
 The DALI graph's batch is images (clips x frames), with crop and flip given per image from the sample's own
 random stream, so that all frames of a clip share them and a resumed run draws the same. The same graph runs
-on the CPU. Without DALI, Pillow does the same, more slowly.
+on the CPU. Videos that NVDEC decodes go through a second graph, whose batch is clips. Without DALI, Pillow
+does the same as the first, more slowly.
 """
 
 from __future__ import annotations
@@ -10,26 +11,30 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from miles_fast.data.clips import Frames, Input
 from miles_fast.data.sampling import View
+from miles_fast.data.videos import EncodedVideo
 from miles_fast.distributed import note_once
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-Frames = Sequence[bytes] | Sequence[np.ndarray]
+
+class HardwareDecodeError(RuntimeError):
+    """NVDEC could not decode a batch; the graph is ready for the next one."""
 
 
 class Augmentation(Protocol):
     """Takes batches in (`submit`) and hands tensors out in the same order (`collect`)."""
 
     def submit(self, clips: Sequence[Frames], views: Sequence[View]) -> None:
-        """Queue a batch: per clip equally many frames (JPEG bytes, or (H, W, 3) uint8) and its view."""
+        """Queue a batch: the frames of each clip, equally many, and its view; they are copied."""
 
     def collect(self) -> Tensor:
         """The oldest queued batch: (B, T, 3, H, W), normalised; float32 on the CPU, float16 on a GPU."""
@@ -38,98 +43,186 @@ class Augmentation(Protocol):
 def build_augmentation(
     kind: Literal["auto", "dali", "pil"],
     *,
-    encoded: bool,
-    num_images: int,
+    takes: Input,
+    num_clips: int,
     num_frames: int,
     size: int,
     device: torch.device,
     threads: int,
 ) -> Augmentation:
-    """DALI where it is installed, Pillow otherwise; `encoded` says whether frames come as JPEG bytes.
+    """DALI where it is installed, Pillow otherwise; `takes` says what the frames come as.
 
-    `num_images` is the largest number of images (clips x frames) of a batch. Raises ValueError when DALI is
-    asked for by name and missing.
+    `video` takes clips that are still encoded beside decoded ones. `num_clips` is the largest batch. Raises
+    ValueError when DALI is needed and missing.
     """
-    if kind != "pil" and importlib.util.find_spec("nvidia.dali") is not None:
-        return DaliAugmentation(encoded, num_images, num_frames, size, device, threads)
-    if kind == "dali":
+    if importlib.util.find_spec("nvidia.dali") is not None and (kind != "pil" or takes == "video"):
+        if takes == "video":
+            return DaliVideoAugmentation(num_clips, num_frames, size, device, threads)
+        return DaliAugmentation(takes, num_clips, num_frames, size, device, threads)
+    if kind == "dali" or takes == "video":
+        wish = "augmentation = dali" if kind == "dali" else "video_decoder = nvdec"
         raise ValueError(
-            "data.augmentation = dali, but DALI is not installed: pip install 'miles-fast[dali]', or use auto"
+            f"data.{wish}, but DALI is not installed: pip install 'miles-fast[dali]', or use auto and cpu"
         )
     if kind == "auto":
         note_once("nvidia-dali is not installed: frames are decoded and resized by Pillow instead")
     return PillowAugmentation(num_frames, size, device)
 
 
-class DaliAugmentation:
-    """`fn.decoders.image` (nvJPEG's hardware engine on a GPU) -> crop and resize -> flip and normalise."""
+def _crop_flip_normalise(frames: Any, inputs: Any, size: int, gpu: bool, layout: str) -> Any:
+    """The end of both graphs; works on images and on sequences of them."""
+    from nvidia.dali import fn, types
 
-    def __init__(
-        self, encoded: bool, num_images: int, num_frames: int, size: int, device: torch.device, threads: int
-    ) -> None:
-        from nvidia.dali import fn, pipeline_def, types
+    frames = fn.resize(
+        frames,
+        size=(size, size),
+        roi_start=inputs("start", types.FLOAT, 1),
+        roi_end=inputs("end", types.FLOAT, 1),
+        roi_relative=True,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    return fn.crop_mirror_normalize(
+        frames,
+        mirror=inputs("mirror", types.INT32, 0),
+        mean=[255 * value for value in MEAN],
+        std=[255 * value for value in STD],
+        dtype=types.FLOAT16 if gpu else types.FLOAT,
+        output_layout=layout,
+    )
 
-        self._num_frames, self._device = num_frames, device
+
+class _Graph:
+    """A DALI pipeline of one output, run when it is fed."""
+
+    def __init__(self, define: Any, batch: int, device: torch.device, threads: int) -> None:
+        from nvidia.dali import fn, pipeline_def
+
         gpu = device.type == "cuda"
 
+        def inputs(name: str, dtype: Any, ndim: int) -> Any:
+            return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
         @pipeline_def(
-            batch_size=num_images,
+            batch_size=batch,
             num_threads=threads,
             device_id=(device.index or 0) if gpu else None,
             prefetch_queue_depth=1,  # the caller submits a batch when it has collected the one before
             exec_dynamic=True,
         )
         def graph():
-            image = fn.external_source(name="image", dtype=types.UINT8, ndim=1 if encoded else 3)
-            start = fn.external_source(name="start", dtype=types.FLOAT, ndim=1)
-            end = fn.external_source(name="end", dtype=types.FLOAT, ndim=1)
-            mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
-            if encoded:
-                image = fn.decoders.image(
-                    image, device="mixed" if gpu else "cpu", output_type=types.RGB, hw_decoder_load=1.0
-                )
-            else:
-                image = fn.reshape(image, layout="HWC")
-                image = image.gpu() if gpu else image
-            image = fn.resize(
-                image,
-                size=(size, size),
-                roi_start=start,
-                roi_end=end,
-                roi_relative=True,
-                interp_type=types.INTERP_LINEAR,
-                antialias=True,
-            )
-            return fn.crop_mirror_normalize(
-                image,
-                mirror=mirror,
-                mean=[255 * value for value in MEAN],
-                std=[255 * value for value in STD],
-                dtype=types.FLOAT16 if gpu else types.FLOAT,
-                output_layout="CHW",
-            )
+            return define(inputs, gpu)
 
         self._pipeline = graph()
         self._pipeline.build()
 
-    def submit(self, clips: Sequence[Frames], views: Sequence[View]) -> None:
-        images = [_as_array(frame) for frames in clips for frame in frames]
-        per_image = [view for frames, view in zip(clips, views, strict=True) for _ in frames]
-        feed = self._pipeline.feed_input
-        feed("image", images)
-        feed("start", [np.array(view.start_yx, np.float32) for view in per_image])
-        feed("end", [np.array(view.end_yx, np.float32) for view in per_image])
-        feed("mirror", [np.array(view.mirror, np.int32) for view in per_image])
+    def run(self, views: Sequence[View], repeats: int, **arrays: list[np.ndarray]) -> None:
+        """Start on `arrays`, and on each view `repeats` times."""
+
+        def spread(values: list, dtype: type) -> np.ndarray:
+            return np.repeat(np.array(values, dtype), repeats, axis=0)
+
+        views_arrays = {
+            "start": spread([view.start_yx for view in views], np.float32),
+            "end": spread([view.end_yx for view in views], np.float32),
+            "mirror": spread([view.mirror for view in views], np.int32),
+        }
+        for name, values in {**arrays, **views_arrays}.items():
+            self._pipeline.feed_input(name, values)
         self._pipeline.schedule_run()
 
     def collect(self) -> Tensor:
+        """The output. RuntimeError where DALI fails; the graph cannot be used then."""
         (images,) = self._pipeline.share_outputs()
         # A copy on this thread's stream: DALI reuses the buffer once the outputs are released.
         batch = torch.from_dlpack(images.as_tensor()).clone()
         if batch.is_cuda:
             torch.cuda.current_stream().synchronize()
         self._pipeline.release_outputs()
-        return batch.unflatten(0, (-1, self._num_frames))
+        return batch
+
+
+class DaliAugmentation:
+    """`fn.decoders.image` (nvJPEG's hardware engine on a GPU) -> crop and resize -> flip and normalise."""
+
+    def __init__(
+        self, takes: Input, num_clips: int, num_frames: int, size: int, device: torch.device, threads: int
+    ) -> None:
+        def define(inputs: Any, gpu: bool) -> Any:
+            from nvidia.dali import fn, types
+
+            if takes == "jpeg":
+                image = fn.decoders.image(
+                    inputs("image", types.UINT8, 1),
+                    device="mixed" if gpu else "cpu",
+                    output_type=types.RGB,
+                    hw_decoder_load=1.0,
+                )
+            else:
+                image = fn.reshape(inputs("image", types.UINT8, 3), layout="HWC")
+                image = image.gpu() if gpu else image
+            return _crop_flip_normalise(image, inputs, size, gpu, "CHW")
+
+        self._num_frames = num_frames
+        self._graph = _Graph(define, num_clips * num_frames, device, threads)
+
+    def submit(self, clips: Sequence[Frames], views: Sequence[View]) -> None:
+        self._graph.run(views, self._num_frames, image=[frame for frames in clips for frame in frames])
+
+    def collect(self) -> Tensor:
+        return self._graph.collect().unflatten(0, (-1, self._num_frames))
+
+
+class DaliVideoAugmentation:
+    """`fn.decoders.video` (NVDEC on a GPU) for the clips still encoded, the images' graph for the others."""
+
+    def __init__(
+        self, num_clips: int, num_frames: int, size: int, device: torch.device, threads: int
+    ) -> None:
+        def define(inputs: Any, gpu: bool) -> Any:
+            from nvidia.dali import fn, types
+
+            frames = fn.decoders.video(
+                inputs("video", types.UINT8, 1),
+                device="mixed" if gpu else "cpu",
+                frames=inputs("frames", types.INT32, 1),
+                pad_mode="none",  # a frame that is not there shortens the clip, which is then refused
+            )
+            return _crop_flip_normalise(frames, inputs, size, gpu, "FCHW")
+
+        self._options = (define, num_clips, device, threads)
+        self._graph: _Graph | None = None
+        self._decoded = DaliAugmentation("pixels", num_clips, num_frames, size, device, threads)
+        self._rows: tuple[list[int], list[int]] = ([], [])
+
+    def submit(self, clips: Sequence[Frames], views: Sequence[View]) -> None:
+        encoded = [row for row, frames in enumerate(clips) if isinstance(frames, EncodedVideo)]
+        decoded = [row for row, frames in enumerate(clips) if not isinstance(frames, EncodedVideo)]
+        self._rows = encoded, decoded
+        if encoded:
+            self._graph = self._graph or _Graph(*self._options)
+            self._graph.run(
+                [views[row] for row in encoded],
+                1,
+                video=[clips[row].data for row in encoded],
+                frames=[clips[row].frames for row in encoded],
+            )
+        if decoded:
+            self._decoded.submit([clips[row] for row in decoded], [views[row] for row in decoded])
+
+    def collect(self) -> Tensor:
+        """Raises HardwareDecodeError where the video decoder fails on any clip of the batch."""
+        encoded, decoded = self._rows
+        parts = [self._decoded.collect()] if decoded else []
+        if encoded:
+            assert self._graph is not None
+            try:
+                parts.append(self._graph.collect())
+            except (RuntimeError, ValueError) as error:
+                self._graph = None  # DALI's pipeline does not survive
+                raise HardwareDecodeError(str(error)) from error
+        order = torch.tensor([*decoded, *encoded], device=parts[0].device).argsort()
+        return torch.cat(parts)[order]
 
 
 class PillowAugmentation:
@@ -152,17 +245,13 @@ class PillowAugmentation:
         dtype = torch.float16 if images.is_cuda else torch.float32
         return ((images - mean) / std).to(dtype).unflatten(0, (-1, self._num_frames))
 
-    def _image(self, frame: bytes | np.ndarray, view: View) -> np.ndarray:
+    def _image(self, frame: np.ndarray, view: View) -> np.ndarray:
         from PIL import Image
 
-        image = Image.open(io.BytesIO(frame)) if isinstance(frame, bytes) else Image.fromarray(frame)
+        image = Image.open(io.BytesIO(frame)) if frame.ndim == 1 else Image.fromarray(frame)
         width, height = image.size
         (top, left), (bottom, right) = view.start_yx, view.end_yx
         box = (left * width, top * height, right * width, bottom * height)
         image = image.convert("RGB").resize((self._size, self._size), Image.Resampling.BILINEAR, box=box)
         pixels = np.asarray(image)
         return pixels[:, ::-1].copy() if view.mirror else pixels
-
-
-def _as_array(frame: bytes | np.ndarray) -> np.ndarray:
-    return np.frombuffer(frame, np.uint8) if isinstance(frame, bytes) else frame

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import io
-import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from miles_fast.data.augmentation import Frames
 from miles_fast.data.order import Draw, substitute
 from miles_fast.data.sampling import View, evaluation_view, sample_stream, segment_frames, training_view
-from miles_fast.data.shards import SampleError, ShardError, ShardSet
-from miles_fast.data.videos import read_frames
+from miles_fast.data.shards import Sample, SampleError, ShardError, ShardSet
+from miles_fast.data.videos import EncodedVideo, locate_frames, read_frames
 
 MAX_SUBSTITUTES = 100
 
 
+# T frames: JPEG bytes (1-D uint8 each) or pixels ((H, W, 3) uint8); or the video that still holds them.
+Frames = Sequence[np.ndarray] | EncodedVideo
+Input = Literal["jpeg", "pixels", "video"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipDraw:
-    """What is drawn of each clip; `crop_scale` and `flip` are for training."""
+    """What is drawn of each clip, and what its frames come as; `crop_scale` and `flip` are for training.
+
+    `takes`: jpeg, of frames and images; pixels, of videos; video, which leaves a video encoded where NVDEC
+    decodes what PyAV would.
+    """
 
     num_frames: int
+    takes: Input
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A sample as drawn: T frames (JPEG bytes, or (H, W, 3) uint8), their view, one caption, its key."""
+    """A sample as drawn: its frames, their view, one caption, its key."""
 
     frames: Frames
     view: View
@@ -47,28 +57,32 @@ class BadSample:
     message: str
 
 
-def read_clip(shards: ShardSet, sample: int, draw: ClipDraw, stream: np.random.Generator | None) -> Clip:
+def read_clip(shards: ShardSet, number: int, draw: ClipDraw, stream: np.random.Generator | None) -> Clip:
     """Read one sample; with a stream frames, crop, flip and caption are drawn from it (training), without one
     middle frames, the centre square and the first caption are taken (evaluation).
 
     Raises SampleError when the sample cannot be used; its bytes never reach DALI then.
     """
-    captions = shards.captions(sample, every=stream is not None)
-    caption = captions[0] if stream is None else captions[int(stream.integers(len(captions)))]
-    if shards.layout(sample) == "video":
-        data = shards.read(sample, shards.video_extension(sample))
-        name = shards.describe(sample)
-        frames, info = read_frames(
-            data, lambda count: segment_frames(count, draw.num_frames, stream), name=name
+    sample = shards[number]
+    video = sample.layout() == "video"
+    if video == (draw.takes == "jpeg"):
+        raise SampleError(
+            f"{sample}: its layout is {sample.layout()}, unlike the first of its source; name videos and "
+            "frames as two sources",
+            "other layout",
         )
-        height, width = info.height, info.width
+    record = None if video else sample.record()
+    captions = sample.captions(every=stream is not None, record=record)
+    caption = captions[0] if stream is None else captions[int(stream.integers(len(captions)))]
+    if record is None:
+        frames, height, width = _read_video(sample, draw, stream)
     else:
-        frames, height, width = _read_images(shards, sample, draw.num_frames, stream)
+        frames, height, width = _read_images(sample, record, draw.num_frames, stream)
     if stream is None:
         view = evaluation_view(height, width)
     else:
         view = training_view(stream, height, width, draw.crop_scale, draw.flip)
-    return Clip(frames=frames, view=view, caption=caption, key=shards.key(sample))
+    return Clip(frames=frames, view=view, caption=caption, key=sample.key)
 
 
 def read_or_substitute(
@@ -80,59 +94,72 @@ def read_or_substitute(
     """
     bad: list[BadSample] = []
     for attempt in range(MAX_SUBSTITUTES):
-        sample = substitute(len(shards), draw, seed, attempt) if attempt else draw.sample
+        number = substitute(len(shards), draw, seed, attempt) if attempt else draw.sample
         stream = sample_stream(seed, draw.epoch, draw.position, attempt)
         try:
-            return read_clip(shards, sample, clip, stream), bad
+            return read_clip(shards, number, clip, stream), bad
         except SampleError as error:
-            bad.append(bad_sample(shards, sample, error))
+            bad.append(bad_sample(shards[number], error))
     raise ShardError(
         f"{MAX_SUBSTITUTES} unusable samples in a row, the last: {bad[-1].message}; "
         f"check {bad[-1].shard} and its neighbours, or prepare them again with launch/prepare.py"
     )
 
 
-def bad_sample(shards: ShardSet, sample: int, error: SampleError) -> BadSample:
+def read_for_evaluation(shards: ShardSet, number: int, draw: ClipDraw) -> Clip | BadSample:
+    """The sample as evaluation sees it, or why it cannot be read."""
+    try:
+        return read_clip(shards, number, draw, None)
+    except SampleError as error:
+        return bad_sample(shards[number], error)
+
+
+def bad_sample(sample: Sample, error: SampleError) -> BadSample:
     """The record of an unusable sample."""
-    return BadSample(
-        key=shards.key(sample), shard=str(shards.shard(sample)), cause=error.cause, message=str(error)
-    )
+    return BadSample(key=sample.key, shard=str(sample.shard), cause=error.cause, message=str(error))
+
+
+def _read_video(
+    sample: Sample, draw: ClipDraw, stream: np.random.Generator | None
+) -> tuple[Frames, int, int]:
+    data = sample.read(sample.video_extension())
+    chosen: dict[int, np.ndarray] = {}
+
+    def choose(available: int) -> np.ndarray:
+        # Asked twice where the hardware cannot take the video: the frames must be the same ones.
+        if available not in chosen:
+            chosen[available] = segment_frames(available, draw.num_frames, stream)
+        return chosen[available]
+
+    if draw.takes == "video":
+        video = locate_frames(data, choose, name=str(sample))
+        if video is not None:
+            return video, video.height, video.width
+    frames, info = read_frames(data, choose, name=str(sample))
+    return frames, info.height, info.width
 
 
 def _read_images(
-    shards: ShardSet, sample: int, num_frames: int, stream: np.random.Generator | None
-) -> tuple[list[bytes], int, int]:
-    extensions = shards.frame_extensions(sample)
-    chosen = segment_frames(len(extensions), num_frames, stream)
-    record = _record(shards, sample)
+    sample: Sample, record: dict, num_frames: int, stream: np.random.Generator | None
+) -> tuple[list[np.ndarray], int, int]:
+    extensions = sample.frame_extensions()
+    chosen = segment_frames(len(extensions), num_frames, stream).tolist()
     checksums = record.get("crc32")
     if not (isinstance(checksums, list) and len(checksums) == len(extensions)):
         checksums = None
     data = {}
-    for number in dict.fromkeys(chosen.tolist()):
-        data[number] = shards.read(sample, extensions[number])
-        name = f"{shards.describe(sample)}.{extensions[number]}"
-        if checksums is not None:
-            if zlib.crc32(data[number]) != checksums[number]:
-                raise SampleError(f"{name}: bytes differ from the checksum in KEY.json", "wrong checksum")
-        else:
-            _check_complete(data[number], name)
+    for number in dict.fromkeys(chosen):
+        data[number] = sample.read(extensions[number])
+        if checksums is None:
+            _check_complete(data[number], f"{sample}.{extensions[number]}")
+        elif zlib.crc32(data[number]) != checksums[number]:
+            raise SampleError(
+                f"{sample}.{extensions[number]}: bytes differ from the checksum in KEY.json", "wrong checksum"
+            )
     width, height = record.get("width"), record.get("height")
     if checksums is None or not isinstance(width, int) or not isinstance(height, int):
-        width, height = _image_size(data[int(chosen[0])], shards.describe(sample))
-    return [data[number] for number in chosen.tolist()], height, width
-
-
-def _record(shards: ShardSet, sample: int) -> dict:
-    if "json" not in shards.extensions(sample):
-        return {}
-    try:
-        record = json.loads(shards.read(sample, "json"))
-    except ValueError as error:
-        raise SampleError(
-            f"{shards.describe(sample)}: KEY.json is not JSON ({error})", "json not readable"
-        ) from error
-    return record if isinstance(record, dict) else {}
+        width, height = _image_size(data[chosen[0]], str(sample))
+    return [np.frombuffer(data[number], np.uint8) for number in chosen], height, width
 
 
 def _check_complete(data: bytes, name: str) -> None:

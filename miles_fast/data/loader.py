@@ -3,96 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import multiprocessing
 import queue
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from miles_fast.config import DataConfig, SourceConfig
-from miles_fast.data.augmentation import build_augmentation
-from miles_fast.data.clips import BadSample, Clip, ClipDraw, bad_sample, read_clip, read_or_substitute
-from miles_fast.data.order import Draw, Share, draw_at
+from miles_fast.data.batches import Batch, BatchFinisher, Quarantine
+from miles_fast.data.clips import BadSample, Clip, ClipDraw, Input
+from miles_fast.data.order import Share, draw_at
+from miles_fast.data.reading import Pending, ReadingPool, Request, answer
 from miles_fast.data.shards import SampleError, ShardError, ShardSet, expand_shards
-from miles_fast.models.text_encoder import encode_captions
 
-AHEAD = 2  # batches being decoded while one is handed over
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro batch on the device: normalised clips, captions, masks (training), keys in row order."""
-
-    video_BTCHW: Tensor
-    token_ids_BL: Tensor
-    attention_BL: Tensor
-    masked_BM: Tensor | None
-    keys: tuple[str, ...]
-
-
-class Quarantine:
-    """Counts bad samples by cause and lists each of them once in a JSONL file."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.counts: Counter[str] = Counter()
-        self._path, self._seen = path, set()
-
-    def add(self, bad: list[BadSample]) -> None:
-        """Count these, and list those not met before."""
-        for sample in bad:
-            self.counts[sample.cause] += 1
-            if self._path is None or (sample.shard, sample.key) in self._seen:
-                continue
-            self._seen.add((sample.shard, sample.key))
-            with open(self._path, "a") as file:
-                file.write(json.dumps(asdict(sample)) + "\n")
-
-
-class ClipSource:
-    """A shard set with what reads it: threads for images, processes for videos."""
-
-    def __init__(self, config: SourceConfig, data: DataConfig, draw: ClipDraw, seed: int) -> None:
-        self.name = config.name
-        self.shards = ShardSet(expand_shards(config.shards))
-        self.encoded = _layout_kind(self.shards, config) == "images"
-        self.draw, self.seed = draw, seed
-        if data.video_decoder == "nvdec" and not self.encoded:
-            raise ValueError("data.video_decoder = nvdec is not supported yet: use cpu or frame shards")
-        self._pool: Executor
-        if self.encoded:
-            self._pool = ThreadPoolExecutor(data.decode_workers, thread_name_prefix="clips")
-        else:
-            self._pool = ProcessPoolExecutor(
-                data.decode_workers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_keep_shards,
-                initargs=(self.shards,),
-            )
-
-    def submit_training(self, draw: Draw) -> Future[tuple[Clip, list[BadSample]]]:
-        """Read the drawn clip, or a substitute, in the background."""
-        if self.encoded:
-            return self._pool.submit(read_or_substitute, self.shards, draw, self.draw, self.seed)
-        return self._pool.submit(_read_or_substitute_here, draw, self.draw, self.seed)
-
-    def submit_evaluation(self, sample: int) -> Future[Clip | BadSample]:
-        """Read a clip as evaluation sees it, in the background."""
-        if self.encoded:
-            return self._pool.submit(_read_evaluation, self.shards, sample, self.draw)
-        return self._pool.submit(_read_evaluation_here, sample, self.draw)
-
-    def close(self) -> None:
-        """End the workers."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+AHEAD = 2  # batches being read while one is handed over
 
 
 class Loader:
@@ -111,145 +40,130 @@ class Loader:
         draw_masks: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         """`draw_masks(micro_step)` gives this rank's masks (B, M); micro steps count from 0 over the run."""
-        draw = ClipDraw(num_frames=data.frames_per_clip, crop_scale=data.crop_scale, flip=data.flip)
-        self.sources = [ClipSource(source, data, draw, seed + i) for i, source in enumerate(data.train)]
-        self.share, self.quarantine, self._draw_masks = share, quarantine, draw_masks
+        self._shard_sets = [ShardSet(expand_shards(source.shards)) for source in data.train]
+        self._draws = [
+            ClipDraw(
+                num_frames=data.frames_per_clip,
+                takes=_input(shards, source, data, device),
+                crop_scale=data.crop_scale,
+                flip=data.flip,
+            )
+            for shards, source in zip(self._shard_sets, data.train, strict=True)
+        ]
+        self.share, self.quarantine, self._seed, self._draw_masks = share, quarantine, seed, draw_masks
         self._finish = BatchFinisher(data, image_size, tokenizer, share.batch, device)
         self._prefetch = data.prefetch_batches
+        self._num_workers = data.decode_workers
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Endless micro batches from optimizer step `first_step` (0-based); close it when done."""
         return _in_background(self._make_batches(first_step), self._prefetch)
 
-    def close(self) -> None:
-        """End the workers."""
-        for source in self.sources:
-            source.close()
-
-    def _make_batches(self, first_step: int) -> Iterator[Batch]:
-        pending: deque[tuple[ClipSource, int, list[Future]]] = deque()
+    def _make_batches(self, first_step: int) -> Generator[Batch, None, None]:
+        coming: deque[tuple[int, Request, Pending]] = deque()
         micro_step = first_step * self.share.accumulation
-        while True:
-            while len(pending) <= AHEAD:
-                step, micro = divmod(micro_step, self.share.accumulation)
-                turn, which = divmod(step, len(self.sources))
-                source = self.sources[which]
-                draws = [
-                    draw_at(len(source.shards), source.seed, place)
-                    for place in self.share.places(turn, micro)
-                ]
-                pending.append((source, micro_step, [source.submit_training(draw) for draw in draws]))
-                micro_step += 1
-            source, made, futures = pending.popleft()
-            clips = []
-            for future in futures:
-                clip, bad = future.result()
-                self.quarantine.add(bad)
-                clips.append(clip)
-            masks = self._draw_masks(made) if self._draw_masks is not None else None
-            yield from self._finish.submit(source, clips, masks)
+        with contextlib.closing(ReadingPool(self._shard_sets, self._num_workers)) as pool:
+            while True:
+                while len(coming) <= AHEAD:
+                    request = self._request(micro_step)
+                    coming.append((micro_step, request, pool.submit(request)))
+                    micro_step += 1
+                made, request, pending = coming.popleft()
+                clips = self._accept(pending.collect())
+                masks = self._draw_masks(made) if self._draw_masks is not None else None
+                again = partial(self._read_here, request)
+                yield from self._finish.submit(request.draw.takes, clips, masks, again)
+                pending.release()
+
+    def _request(self, micro_step: int) -> Request:
+        step, micro = divmod(micro_step, self.share.accumulation)
+        turn, source = divmod(step, len(self._shard_sets))
+        num_samples, seed = len(self._shard_sets[source]), self._seed + source
+        draws = tuple(draw_at(num_samples, seed, place) for place in self.share.places(turn, micro))
+        return Request(source=source, draw=self._draws[source], items=draws, seed=seed)
+
+    def _accept(self, answers: list[tuple[Clip, list[BadSample]]]) -> list[Clip]:
+        for _, bad in answers:
+            self.quarantine.add(bad)
+        return [clip for clip, _ in answers]
+
+    def _read_here(self, request: Request) -> list[Clip]:
+        return self._accept(answer(self._shard_sets, _by_cpu(request)))
 
 
-class BatchFinisher:
-    """Clips to device tensors; one batch is decoded while the next is read, one graph a kind of input."""
+class EvaluationLoader:
+    """Deals the samples of a source in order, as evaluation sees them, as often as it is asked to."""
 
     def __init__(
-        self, data: DataConfig, image_size: int, tokenizer: Any, batch: int, device: torch.device
+        self,
+        source: SourceConfig,
+        data: DataConfig,
+        *,
+        image_size: int,
+        tokenizer: Any,
+        batch: int,
+        device: torch.device,
     ) -> None:
-        self._data, self._image_size, self._tokenizer = data, image_size, tokenizer
-        self._batch, self._device = batch, device
-        self._graphs: dict[bool, Any] = {}
-        self._pending: tuple[bool, tuple[str, ...], list[Tensor | None]] | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.name = source.name
+        self._shards = ShardSet(expand_shards(source.shards))
+        takes = _input(self._shards, source, data, device)
+        self._draw = ClipDraw(num_frames=data.frames_per_clip, takes=takes)
+        self._finish = BatchFinisher(data, image_size, tokenizer, batch, device)
+        self._batch, self._num_workers = batch, data.decode_workers
 
-    def submit(self, source: ClipSource, clips: list[Clip], masks: np.ndarray | None) -> Iterator[Batch]:
-        """Queue one batch and yield the one before it."""
-        graph = self._graphs.get(source.encoded)
-        if graph is None:
-            graph = self._graphs[source.encoded] = build_augmentation(
-                self._data.augmentation,
-                encoded=source.encoded,
-                num_images=self._batch * self._data.frames_per_clip,
-                num_frames=self._data.frames_per_clip,
-                size=self._image_size,
-                device=self._device,
-                threads=self._data.threads,
-            )
-        yield from self.flush()
-        graph.submit([clip.frames for clip in clips], [clip.view for clip in clips])
-        ids, attention = encode_captions(
-            self._tokenizer, [clip.caption for clip in clips], self._data.caption_tokens
-        )
-        arrays = (ids, attention, masks)
-        tensors = [torch.from_numpy(array) if array is not None else None for array in arrays]
-        self._pending = (source.encoded, tuple(clip.key for clip in clips), tensors)
+    def __len__(self) -> int:
+        return len(self._shards)
 
-    def flush(self) -> Iterator[Batch]:
-        """Yield the batch that is still being decoded."""
-        if self._pending is not None:
-            yield self._collect()
+    def batches(self, quarantine: Quarantine, samples: range | None = None) -> Iterator[Batch]:
+        """Batches of `samples` (default: all); unreadable ones are counted and left out, never scored as
+        misses."""
+        samples = range(len(self)) if samples is None else samples
+        coming: deque[tuple[Request, Pending]] = deque()
+        with contextlib.closing(ReadingPool([self._shards], self._num_workers)) as pool:
+            for start in range(0, len(samples) + AHEAD * self._batch, self._batch):
+                items = tuple(samples[start : start + self._batch])
+                if items:
+                    request = Request(source=0, draw=self._draw, items=items, seed=None)
+                    coming.append((request, pool.submit(request)))
+                if coming and (len(coming) > AHEAD or not items):
+                    yield from self._finish_next(*coming.popleft(), quarantine)
+            yield from self._finish.flush()
 
-    def _collect(self) -> Batch:
-        (encoded, keys, tensors), self._pending = self._pending, None
-        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            video = self._graphs[encoded].collect()
-            ids, attention, masks = (
-                tensor if tensor is None else tensor.to(self._device, non_blocking=True) for tensor in tensors
-            )
-            if self._stream:
-                self._stream.synchronize()
-        return Batch(video_BTCHW=video, token_ids_BL=ids, attention_BL=attention, masked_BM=masks, keys=keys)
+    def _finish_next(self, request: Request, pending: Pending, quarantine: Quarantine) -> Iterator[Batch]:
+        def read_here() -> list[Clip]:
+            return _readable(answer([self._shards], _by_cpu(request)), quarantine)
+
+        clips = _readable(pending.collect(), quarantine)
+        if clips:
+            yield from self._finish.submit(request.draw.takes, clips, None, read_here)
+        pending.release()
 
 
-def evaluation_batches(
-    config: SourceConfig,
-    data: DataConfig,
-    *,
-    image_size: int,
-    tokenizer: Any,
-    batch: int,
-    device: torch.device,
-    samples: range | None = None,
-    quarantine: Quarantine | None = None,
-) -> Iterator[Batch]:
-    """Batches of `samples` (default: all) in order, as evaluation sees them; unreadable ones are counted
-    in `quarantine` and left out, never scored as misses."""
-    source = ClipSource(config, data, ClipDraw(num_frames=data.frames_per_clip), seed=0)
-    finish = BatchFinisher(data, image_size, tokenizer, batch, device)
-    quarantine = quarantine or Quarantine(None)
-    samples = range(len(source.shards)) if samples is None else samples
-    try:
-        futures = deque()
-        for start in range(0, len(samples) + 2 * batch, batch):
-            futures.append([source.submit_evaluation(sample) for sample in samples[start : start + batch]])
-            if len(futures) <= AHEAD:
-                continue
-            results = [future.result() for future in futures.popleft()]
-            quarantine.add([result for result in results if isinstance(result, BadSample)])
-            clips = [result for result in results if isinstance(result, Clip)]
-            if clips:
-                yield from finish.submit(source, clips, None)
-        yield from finish.flush()
-    finally:
-        source.close()
+def _by_cpu(request: Request) -> Request:
+    return replace(request, draw=replace(request.draw, takes="pixels"))
 
 
-def count_samples(config: SourceConfig) -> int:
-    """Samples of a source."""
-    return len(ShardSet(expand_shards(config.shards)))
+def _readable(found: list[Clip | BadSample], quarantine: Quarantine) -> list[Clip]:
+    quarantine.add([item for item in found if isinstance(item, BadSample)])
+    return [item for item in found if isinstance(item, Clip)]
 
 
-def _layout_kind(shards: ShardSet, config: SourceConfig) -> str:
+def _input(shards: ShardSet, source: SourceConfig, data: DataConfig, device: torch.device) -> Input:
+    """What the clips of a source come as: the layout of its first usable sample decides."""
     for sample in range(min(len(shards), 1000)):
         with contextlib.suppress(SampleError):
-            return "video" if shards.layout(sample) == "video" else "images"
+            if shards[sample].layout() != "video":
+                return "jpeg"
+            if data.video_decoder == "nvdec" and device.type != "cuda":
+                raise ValueError("data.video_decoder = nvdec needs a CUDA GPU; use cpu, or frame shards")
+            return "video" if data.video_decoder == "nvdec" else "pixels"
     raise ShardError(
-        f"source {config.name!r} ({', '.join(config.shards)}): no sample has frames, a video or an image; "
+        f"source {source.name!r} ({', '.join(source.shards)}): no sample has frames, a video or an image; "
         "see the README on shard layouts"
     )
 
 
-def _in_background(make: Iterator[Batch], depth: int) -> Iterator[Batch]:
+def _in_background(make: Generator[Batch, None, None], depth: int) -> Iterator[Batch]:
     """Run a generator on its own thread, at most `depth` items ahead; its errors are raised here."""
     items: queue.Queue[Batch | BaseException] = queue.Queue(depth)
     stop = threading.Event()
@@ -262,10 +176,11 @@ def _in_background(make: Iterator[Batch], depth: int) -> Iterator[Batch]:
 
     def work() -> None:
         try:
-            for item in make:
-                put(item)
-                if stop.is_set():
-                    return
+            with contextlib.closing(make):
+                for item in make:
+                    put(item)
+                    if stop.is_set():
+                        return
         except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
             put(error)
 
@@ -284,28 +199,3 @@ def _in_background(make: Iterator[Batch], depth: int) -> Iterator[Batch]:
     finally:
         stop.set()
         thread.join()
-
-
-_shards: ShardSet | None = None
-
-
-def _keep_shards(shards: ShardSet) -> None:
-    global _shards
-    _shards = shards
-
-
-def _read_or_substitute_here(draw: Draw, clip: ClipDraw, seed: int) -> tuple[Clip, list[BadSample]]:
-    assert _shards is not None
-    return read_or_substitute(_shards, draw, clip, seed)
-
-
-def _read_evaluation(shards: ShardSet, sample: int, draw: ClipDraw) -> Clip | BadSample:
-    try:
-        return read_clip(shards, sample, draw, None)
-    except SampleError as error:
-        return bad_sample(shards, sample, error)
-
-
-def _read_evaluation_here(sample: int, draw: ClipDraw) -> Clip | BadSample:
-    assert _shards is not None
-    return _read_evaluation(_shards, sample, draw)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from miles_fast.data.shards import SampleError
+from miles_fast.data.video_track import Track, read_packets, refuse_hdr, video_stream
 
 # Only containers that hold their media themselves: a playlist (HLS, concat) could name any file or address.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg"
+# What NVDEC and DALI 2.4 decode (the names are those of FFmpeg's decoders).
+_NVDEC_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4"})
 _MAX_PIXELS = 8192 * 8192
-_HDR_TRANSFERS = {16: "smpte2084 (PQ)", 18: "arib-std-b67 (HLG)"}
 # A jump to a key frame refills the decoder's reorder delay; below this many frames it is cheaper to decode
 # on.
 _JUMP_FRAMES = 4
@@ -52,9 +55,59 @@ def read_frames(
     Raises SampleError: not decodable, no video stream, no decoder, no frames, truncated, frame too large, hdr
     video.
     """
+    name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
+    with _opened(source, name) as container:
+        stream, track = _stream_and_track(container, allow_hdr, name)
+        chosen = _chosen(choose, track, name)
+        return _read(stream, track, chosen, allow_hdr, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedVideo:
+    """A video as its file holds it, and which frames are wanted of it, by their rank in display order."""
+
+    data: np.ndarray
+    frames: np.ndarray
+    height: int
+    width: int
+
+
+def locate_frames(
+    source: bytes, choose: Callable[[int], np.ndarray], *, name: str | None = None
+) -> EncodedVideo | None:
+    """What NVDEC needs to decode the frames that `read_frames` would, decoding the first one alone.
+
+    None for a video that the hardware would decode to something else or not at all: another codec, more than
+    8 bits, other chroma, rotation, hidden frames, frames without times of their own. Raises SampleError for
+    what is seen without decoding all: not decodable, no video stream, no frames, truncated, frame too large,
+    hdr video.
+    """
+    name = name or f"{len(source)} bytes"
+    with _opened(source, name) as container:
+        stream, track = _stream_and_track(container, False, name)
+        context = stream.codec_context
+        if context.name not in _NVDEC_CODECS or context.pix_fmt not in ("yuv420p", "yuvj420p"):
+            return None
+        if not track.timed or len(track.packets) != track.num_frames:
+            return None
+        chosen = _chosen(choose, track, name)
+        first = _decode(context, track, [0], name)[0]
+        refuse_hdr(first.color_trc, False, name)
+        if first.rotation or (first.width, first.height) != (context.width, context.height):
+            return None
+    return EncodedVideo(
+        data=np.frombuffer(source, np.uint8),
+        frames=np.array(chosen, np.int32),
+        height=first.height,
+        width=first.width,
+    )
+
+
+@contextlib.contextmanager
+def _opened(source: bytes | str | Path, name: str) -> Iterator[Any]:
+    """The file as a container of FFmpeg's, whose errors are SampleErrors."""
     import av
 
-    name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
     except OSError as error:
@@ -63,26 +116,35 @@ def read_frames(
         try:
             options = {"format_whitelist": _CONTAINERS}
             with av.open(file, mode="r", options=options, metadata_errors="replace") as container:
-                return _read(container, choose, allow_hdr, name)
+                yield container
         except (av.error.FFmpegError, OSError, UnicodeDecodeError) as error:
             raise SampleError(f"{name}: cannot be decoded ({error})", "not decodable") from error
 
 
-def _read(container, choose, allow_hdr: bool, name: str) -> tuple[list[np.ndarray], ClipInfo]:
-    from av.video.reformatter import VideoReformatter
-
-    stream = _video_stream(container, name)
+def _stream_and_track(container, allow_hdr: bool, name: str) -> tuple[Any, Track]:
+    stream = video_stream(container, name)
     context = stream.codec_context
     if context.width * context.height > _MAX_PIXELS:
         raise SampleError(f"{name}: frames of {context.width}x{context.height} pixels", "frame too large")
-    _refuse_hdr(context.color_trc, allow_hdr, name)
-    track = _Track(_packets(container, stream, name))
+    refuse_hdr(context.color_trc, allow_hdr, name)
+    return stream, Track(read_packets(container, stream, name))
+
+
+def _chosen(choose: Callable[[int], np.ndarray], track: Track, name: str) -> list[int]:
     chosen = np.asarray(choose(track.num_frames), dtype=np.int64).reshape(-1).tolist()
     if not chosen or min(chosen) < 0 or max(chosen) >= track.num_frames:
         raise ValueError(f"{name}: frames {chosen} were chosen out of {track.num_frames}")
-    frames = _decode(context, track, sorted(set(chosen)), name)
+    return chosen
+
+
+def _read(
+    stream, track: Track, chosen: list[int], allow_hdr: bool, name: str
+) -> tuple[list[np.ndarray], ClipInfo]:
+    from av.video.reformatter import VideoReformatter
+
+    frames = _decode(stream.codec_context, track, sorted(set(chosen)), name)
     first = frames[min(chosen)]
-    _refuse_hdr(first.color_trc, allow_hdr, name)
+    refuse_hdr(first.color_trc, allow_hdr, name)
     reformatter = VideoReformatter()
     pictures = {rank: _picture(frame, reformatter) for rank, frame in frames.items()}
     seconds = track.seconds(stream.time_base, stream.average_rate or stream.guessed_rate)
@@ -94,91 +156,12 @@ def _read(container, choose, allow_hdr: bool, name: str) -> tuple[list[np.ndarra
         duration_seconds=seconds[-1],
         timestamps_seconds=tuple(seconds[rank] for rank in chosen),
         rotation=first.rotation,
-        codec=context.codec.canonical_name,
+        codec=stream.codec_context.codec.canonical_name,
     )
     return [pictures[rank] for rank in chosen], info
 
 
-def _video_stream(container, name: str):
-    """The first video stream that is no cover picture, set to decode on this thread."""
-    from av.stream import Disposition
-
-    streams = [s for s in container.streams.video if not int(s.disposition) & int(Disposition.attached_pic)]
-    if not streams:
-        raise SampleError(f"{name}: holds no video stream", "no video stream")
-    stream = streams[0]
-    if stream.codec_context is None:
-        raise SampleError(f"{name}: this build of FFmpeg has no decoder for its video", "no decoder")
-    stream.codec_context.thread_count = 1
-    stream.codec_context.thread_type = "NONE"
-    return stream
-
-
-def _refuse_hdr(transfer: int, allow_hdr: bool, name: str) -> None:
-    if not allow_hdr and transfer in _HDR_TRANSFERS:
-        raise SampleError(
-            f"{name}: HDR video, transfer {_HDR_TRANSFERS[transfer]}, would come out washed out; convert "
-            "it to bt709 first, or allow_hdr",
-            "hdr video",
-        )
-
-
-def _packets(container, stream, name: str) -> list:
-    """All packets of the stream in the order of decoding."""
-    packets = [packet for packet in container.demux(stream) if packet.size]
-    if all(packet.is_discard for packet in packets):
-        raise SampleError(f"{name}: its video stream holds no frames", "no frames")
-    # Only mp4 keeps a table of its frames; the counts of other headers are guesses.
-    promised = stream.frames if container.format.name.startswith("mov") else 0
-    if packets[-1].is_corrupt or len(packets) + 1 < promised:
-        raise SampleError(
-            f"{name}: ends after {len(packets)} of {promised or 'more'} frames; fetch it again", "truncated"
-        )
-    return packets
-
-
-class _Track:
-    """Packets of one clip in the order of decoding, and its frames ranked in the order of display.
-
-    Packets without times, or with equal ones, are ranked in the order in which frames leave the decoder.
-    """
-
-    def __init__(self, packets: list):
-        shown = [packet.pts for packet in packets if not packet.is_discard]
-        self.packets = packets
-        self.num_frames = len(shown)
-        self.timed = None not in shown and len(set(shown)) == len(shown)
-        self.times = sorted(shown) if self.timed else []
-        self.ranks = {time: rank for rank, time in enumerate(self.times)}
-        self.entries = self._entries() if self.timed else [0] * self.num_frames
-
-    def _entries(self) -> list[int]:
-        """For each rank the position of the last key packet from which that frame can be decoded."""
-        entries = [0] * self.num_frames
-        keys: list[tuple[int, int]] = []
-        for position, packet in enumerate(self.packets):
-            if packet.is_keyframe and packet.pts is not None:
-                keys.append((position, packet.pts))
-            if not packet.is_discard:
-                # A frame shown before the last key packet (open group) still needs the group before it.
-                reachable = (start for start, time in reversed(keys[-2:]) if time <= packet.pts)
-                entries[self.ranks[packet.pts]] = next(reachable, 0)
-        return entries
-
-    def seconds(self, time_base: Fraction, rate: Fraction | None) -> list[float]:
-        """Time of every frame from the first one on, and the clip's duration."""
-        step = 1 / rate if rate else Fraction(0)
-        if not self.timed:
-            return [round(float(rank * step), 6) for rank in range(self.num_frames + 1)]
-        last = next(
-            packet for packet in self.packets if packet.pts == self.times[-1] and not packet.is_discard
-        )
-        offsets = [(time - self.times[0]) * time_base for time in self.times]
-        offsets.append(offsets[-1] + (last.duration * time_base if last.duration else step))
-        return [round(float(offset), 6) for offset in offsets]
-
-
-def _decode(context, track: _Track, wanted: list[int], name: str) -> dict:
+def _decode(context, track: Track, wanted: list[int], name: str) -> dict:
     """The frame of each wanted rank (sorted), jumping over what need not be decoded."""
     frames, missing = _walk(context, track, wanted, track.entries, name)
     if missing is not None and any(track.entries):
@@ -196,9 +179,7 @@ def _decode(context, track: _Track, wanted: list[int], name: str) -> dict:
     return frames
 
 
-def _walk(
-    context, track: _Track, wanted: list[int], entries: list[int], name: str
-) -> tuple[dict, int | None]:
+def _walk(context, track: Track, wanted: list[int], entries: list[int], name: str) -> tuple[dict, int | None]:
     """Frames by rank, and the first rank that has no decoded frame beside it, if any."""
     found: dict = {}
     feed = _Feed(context, track, name)
@@ -222,7 +203,7 @@ def _walk(
 class _Feed:
     """Feeds packets to the decoder from a position on and hands out (rank, frame) as they come."""
 
-    def __init__(self, context, track: _Track, name: str):
+    def __init__(self, context, track: Track, name: str):
         self.context, self.track, self.name = context, track, name
         self.position = 0
         self._ready: list = []

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from miles_fast.config import DataConfig, SourceConfig
-from miles_fast.data.loader import Quarantine, count_samples, evaluation_batches
+from miles_fast.data.batches import Quarantine
+from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import gather_objects, rank, world_size
 from miles_fast.models.dual_encoder import DualEncoder, unit
 
@@ -61,32 +61,17 @@ def chance(gallery: int) -> Ranking:
 
 @torch.inference_mode()
 def embed_source(
-    model: DualEncoder,
-    source: SourceConfig,
-    data: DataConfig,
-    *,
-    tokenizer: object,
-    batch: int,
-    device: torch.device,
+    model: DualEncoder, loader: EvaluationLoader
 ) -> tuple[Tensor, Tensor, list[str], Quarantine]:
     """Unit text and video embeddings (G, E) of a source, and keys, on the CPU, in the shards' order.
 
     Ranks share the work; every rank returns the whole gallery and must call it.
     """
-    total, quarantine = count_samples(source), Quarantine(None)
+    total, quarantine = len(loader), Quarantine(None)
     share = -(-total // world_size())
     own = range(min(rank() * share, total), min((rank() + 1) * share, total))
     texts, videos, keys = [], [], []
-    for item in evaluation_batches(
-        source,
-        data,
-        image_size=model.config.video.image_size,
-        tokenizer=tokenizer,
-        batch=batch,
-        device=device,
-        samples=own,
-        quarantine=quarantine,
-    ):
+    for item in loader.batches(quarantine, own):
         texts.append(unit(model.embed_text(item.token_ids_BL, item.attention_BL)).cpu())
         videos.append(unit(model.embed_video(item.video_BTCHW)).cpu())
         keys += item.keys
@@ -103,15 +88,7 @@ def embed_source(
     )
 
 
-def evaluate_retrieval(
-    model: DualEncoder,
-    source: SourceConfig,
-    data: DataConfig,
-    *,
-    tokenizer: object,
-    batch: int,
-    device: torch.device,
-) -> Retrieval:
+def evaluate_retrieval(model: DualEncoder, loader: EvaluationLoader) -> Retrieval:
     """Retrieval on a source, both directions; unreadable samples are counted, not scored as misses.
 
     Raises ValueError when no sample could be read.
@@ -119,13 +96,11 @@ def evaluate_retrieval(
     training = model.training
     model.eval()
     try:
-        texts, videos, keys, quarantine = embed_source(
-            model, source, data, tokenizer=tokenizer, batch=batch, device=device
-        )
+        texts, videos, keys, quarantine = embed_source(model, loader)
     finally:
         model.train(training)
     if not keys:
-        raise ValueError(f"source {source.name!r}: no readable sample ({dict(quarantine.counts)})")
+        raise ValueError(f"source {loader.name!r}: no readable sample ({dict(quarantine.counts)})")
     similarity = texts @ videos.T
     return Retrieval(
         text_to_video=ranking(similarity),

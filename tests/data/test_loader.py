@@ -11,9 +11,10 @@ from tiny import caption, jpeg, tiny_config, write_data, write_frames
 
 from miles_fast.config import SourceConfig
 from miles_fast.data.augmentation import MEAN, STD, build_augmentation
+from miles_fast.data.batches import Quarantine
 from miles_fast.data.captions import build_vocabulary
 from miles_fast.data.clips import ClipDraw, read_clip
-from miles_fast.data.loader import Loader, Quarantine, evaluation_batches
+from miles_fast.data.loader import EvaluationLoader, Loader
 from miles_fast.data.order import Share
 from miles_fast.data.sampling import View, sample_stream, training_view
 from miles_fast.data.shards import SampleError, ShardError, ShardSet
@@ -54,14 +55,15 @@ def take(config, first, count, quarantine=None):
     batches = dealer.batches(first)
     found = [next(batches) for _ in range(count)]
     batches.close()
-    dealer.close()
     return found
 
 
-def augment(kind, frames, views, encoded, device=CPU):
+def augment(kind, frames, views, takes, device=CPU):
     graph = build_augmentation(
-        kind, encoded=encoded, num_images=8, num_frames=2, size=32, device=device, threads=1
+        kind, takes=takes, num_clips=4, num_frames=2, size=32, device=device, threads=1
     )
+    if takes == "jpeg":
+        frames = [[np.frombuffer(image, np.uint8) for image in clip] for clip in frames]
     graph.submit(frames, views)
     return graph.collect()
 
@@ -73,11 +75,11 @@ def views_of(count):
 def test_dali_equals_pillow():
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     frames = [[jpeg(2 * i), jpeg(2 * i + 1)] for i in range(4)]
-    dali, pillow = (augment(kind, frames, views_of(4), True) for kind in ("dali", "pil"))
+    dali, pillow = (augment(kind, frames, views_of(4), "jpeg") for kind in ("dali", "pil"))
     assert dali.shape == pillow.shape == (4, 2, 3, 32, 32) and dali.dtype == torch.float32
     assert (dali - pillow).abs().mean() < 0.02  # a grey level is 0.017
     arrays = [[np.random.default_rng(i).integers(0, 256, (40, 56, 3), dtype=np.uint8)] * 2 for i in range(4)]
-    raw = [augment(kind, arrays, views_of(4), False) for kind in ("dali", "pil")]
+    raw = [augment(kind, arrays, views_of(4), "pixels") for kind in ("dali", "pil")]
     assert (raw[0] - raw[1]).abs().mean() < 0.03
 
 
@@ -85,9 +87,9 @@ def test_dali_equals_pillow():
 def test_the_gpu_graph_equals_the_cpu_graph():
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     frames = [[jpeg(2 * i), jpeg(2 * i + 1)] for i in range(4)]
-    gpu = augment("dali", frames, views_of(4), True, torch.device("cuda", 0))
+    gpu = augment("dali", frames, views_of(4), "jpeg", torch.device("cuda", 0))
     assert gpu.is_cuda and gpu.dtype == torch.float16
-    assert (gpu.cpu().float() - augment("dali", frames, views_of(4), True)).abs().mean() < 0.04
+    assert (gpu.cpu().float() - augment("dali", frames, views_of(4), "jpeg")).abs().mean() < 0.04
 
 
 @pytest.mark.parametrize("kind", ["auto", "pil"])
@@ -97,7 +99,7 @@ def test_crop_flip_and_normalisation(kind):
     whole = View(start_yx=(0, 0), end_yx=(1, 1), mirror=False)
     mirrored = View(start_yx=(0, 0), end_yx=(1, 1), mirror=True)
     right = View(start_yx=(0, 0.5), end_yx=(1, 1), mirror=False)
-    out = augment(kind, [[image, image]] * 3, [whole, mirrored, right], False)
+    out = augment(kind, [[image, image]] * 3, [whole, mirrored, right], "pixels")
     bright, dark = (1 - MEAN[0]) / STD[0], -MEAN[0] / STD[0]
     torch.testing.assert_close(out[0, 0, 0, 16, [4, 28]], torch.tensor([dark, bright]), atol=1e-3, rtol=0)
     torch.testing.assert_close(out[1, 1, 0, 16, [4, 28]], torch.tensor([bright, dark]), atol=1e-3, rtol=0)
@@ -132,7 +134,6 @@ def test_ranks_split_the_batch(root):
         batches = dealer.batches(0)
         parts.append([next(batches).keys for _ in range(3)])
         batches.close()
-        dealer.close()
     assert [a + b for a, b in zip(*parts, strict=True)] == joined
 
 
@@ -191,17 +192,15 @@ def test_evaluation_leaves_bad_samples_out(root, tmp_path):
     )
     config, quarantine = tiny_config(root), Quarantine(None)
     source = SourceConfig(shards=[str(tmp_path / "bad" / "*.tar")])
-    batches = list(
-        evaluation_batches(
-            source,
-            config.data,
-            image_size=32,
-            tokenizer=load_tokenizer(root / "tokenizer"),
-            batch=4,
-            device=CPU,
-            quarantine=quarantine,
-        )
+    loader = EvaluationLoader(
+        source,
+        config.data,
+        image_size=32,
+        tokenizer=load_tokenizer(root / "tokenizer"),
+        batch=4,
+        device=CPU,
     )
+    batches = list(loader.batches(quarantine))
     assert [key for b in batches for key in b.keys] == ["0000", "0001", "0002", "0004", "0005", "0006"]
     assert quarantine.counts == {"no caption": 1}
 
@@ -265,5 +264,5 @@ def test_an_unreadable_image_is_a_sample_error(tmp_path):
     (path,) = write_frames(tmp_path, 1, shards=1, checksums=False)
     spoil(path, tmp_path / "bad", lambda name, data: b"not an image" if name.endswith("jpg") else data)
     with pytest.raises(SampleError) as caught:
-        read_clip(ShardSet([tmp_path / "bad" / path.name]), 0, ClipDraw(num_frames=2), None)
+        read_clip(ShardSet([tmp_path / "bad" / path.name]), 0, ClipDraw(num_frames=2, takes="jpeg"), None)
     assert caught.value.cause == "not decodable"

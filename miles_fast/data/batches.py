@@ -1,0 +1,138 @@
+"""Batches: clips to device tensors, captions to tokens, and the record of samples that could not be used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles_fast.config import DataConfig
+from miles_fast.data.augmentation import Augmentation, HardwareDecodeError, build_augmentation
+from miles_fast.data.clips import BadSample, Clip, Input
+from miles_fast.distributed import logger
+from miles_fast.models.text_encoder import encode_captions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro batch on the device: normalised clips, captions, masks (training), keys in row order."""
+
+    video_BTCHW: Tensor
+    token_ids_BL: Tensor
+    attention_BL: Tensor
+    masked_BM: Tensor | None
+    keys: tuple[str, ...]
+
+
+class Quarantine:
+    """Counts bad samples by cause and lists each of them once in a JSONL file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.counts: Counter[str] = Counter()
+        self._path, self._seen = path, set()
+
+    def add(self, bad: list[BadSample]) -> None:
+        """Count these, and list those not met before."""
+        for sample in bad:
+            self.counts[sample.cause] += 1
+            if self._path is None or (sample.shard, sample.key) in self._seen:
+                continue
+            self._seen.add((sample.shard, sample.key))
+            with open(self._path, "a") as file:
+                file.write(json.dumps(asdict(sample)) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """A batch in the augmentation graph: what it came as, what goes with it, how to read it on the CPU."""
+
+    takes: Input
+    keys: tuple[str, ...]
+    captions: tuple[Tensor, Tensor]
+    masks: Tensor | None
+    read_again: Callable[[], Sequence[Clip]]
+
+
+class BatchFinisher:
+    """Clips to device tensors; one batch is decoded while the next is read, one graph a kind of input."""
+
+    def __init__(
+        self, data: DataConfig, image_size: int, tokenizer: Any, batch: int, device: torch.device
+    ) -> None:
+        self._data, self._image_size, self._tokenizer = data, image_size, tokenizer
+        self._batch, self._device = batch, device
+        self._graphs: dict[Input, Augmentation] = {}
+        self._pending: Decoding | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def submit(
+        self,
+        takes: Input,
+        clips: Sequence[Clip],
+        masks: np.ndarray | None,
+        read_again: Callable[[], Sequence[Clip]],
+    ) -> Iterator[Batch]:
+        """Queue one batch and yield the one before it.
+
+        `read_again` gives the clips anew, decoded on the CPU: it is called when NVDEC fails.
+        """
+        yield from self.flush()
+        self._graph(takes).submit([clip.frames for clip in clips], [clip.view for clip in clips])
+        self._pending = Decoding(
+            takes=takes,
+            keys=tuple(clip.key for clip in clips),
+            captions=self._tokens(clips),
+            masks=torch.from_numpy(masks) if masks is not None else None,
+            read_again=read_again,
+        )
+
+    def flush(self) -> Iterator[Batch]:
+        """Yield the batch that is still being decoded, unless nothing of it can be read."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            keys, captions = pending.keys, pending.captions
+            try:
+                video = self._graph(pending.takes).collect()
+            except HardwareDecodeError as error:
+                logger.warning("NVDEC failed on a batch (%s): PyAV decodes it. Clips: %s", error, keys)
+                clips = pending.read_again()
+                if not clips:
+                    return
+                graph = self._graph("pixels")
+                graph.submit([clip.frames for clip in clips], [clip.view for clip in clips])
+                video, keys, captions = graph.collect(), tuple(c.key for c in clips), self._tokens(clips)
+            ids, attention, masks = (
+                tensor if tensor is None else tensor.to(self._device, non_blocking=True)
+                for tensor in (*captions, pending.masks)
+            )
+            if self._stream:
+                self._stream.synchronize()
+        yield Batch(video_BTCHW=video, token_ids_BL=ids, attention_BL=attention, masked_BM=masks, keys=keys)
+
+    def _graph(self, takes: Input) -> Augmentation:
+        if takes not in self._graphs:
+            self._graphs[takes] = build_augmentation(
+                self._data.augmentation,
+                takes=takes,
+                num_clips=self._batch,
+                num_frames=self._data.frames_per_clip,
+                size=self._image_size,
+                device=self._device,
+                threads=self._data.threads,
+            )
+        return self._graphs[takes]
+
+    def _tokens(self, clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
+        captions = [clip.caption for clip in clips]
+        ids, attention = encode_captions(self._tokenizer, captions, self._data.caption_tokens)
+        return torch.from_numpy(ids), torch.from_numpy(attention)

@@ -1,0 +1,88 @@
+"""The video stream of an opened file: chosen, read into packets, and its frames ranked for display."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from miles_fast.data.shards import SampleError
+
+_HDR_TRANSFERS = {16: "smpte2084 (PQ)", 18: "arib-std-b67 (HLG)"}
+
+
+def video_stream(container, name: str):
+    """The first video stream that is no cover picture, set to decode on this thread."""
+    from av.stream import Disposition
+
+    streams = [s for s in container.streams.video if not int(s.disposition) & int(Disposition.attached_pic)]
+    if not streams:
+        raise SampleError(f"{name}: holds no video stream", "no video stream")
+    stream = streams[0]
+    if stream.codec_context is None:
+        raise SampleError(f"{name}: this build of FFmpeg has no decoder for its video", "no decoder")
+    stream.codec_context.thread_count = 1
+    stream.codec_context.thread_type = "NONE"
+    return stream
+
+
+def refuse_hdr(transfer: int, allow_hdr: bool, name: str) -> None:
+    if not allow_hdr and transfer in _HDR_TRANSFERS:
+        raise SampleError(
+            f"{name}: HDR video, transfer {_HDR_TRANSFERS[transfer]}, would come out washed out; convert "
+            "it to bt709 first, or allow_hdr",
+            "hdr video",
+        )
+
+
+def read_packets(container, stream, name: str) -> list:
+    """All packets of the stream in the order of decoding."""
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    if all(packet.is_discard for packet in packets):
+        raise SampleError(f"{name}: its video stream holds no frames", "no frames")
+    # Only mp4 keeps a table of its frames; the counts of other headers are guesses.
+    promised = stream.frames if container.format.name.startswith("mov") else 0
+    if packets[-1].is_corrupt or len(packets) + 1 < promised:
+        raise SampleError(
+            f"{name}: ends after {len(packets)} of {promised or 'more'} frames; fetch it again", "truncated"
+        )
+    return packets
+
+
+class Track:
+    """Packets of one clip in the order of decoding, and its frames ranked in the order of display.
+
+    Packets without times, or with equal ones, are ranked in the order in which frames leave the decoder.
+    """
+
+    def __init__(self, packets: list):
+        shown = [packet.pts for packet in packets if not packet.is_discard]
+        self.packets = packets
+        self.num_frames = len(shown)
+        self.timed = None not in shown and len(set(shown)) == len(shown)
+        self.times = sorted(shown) if self.timed else []
+        self.ranks = {time: rank for rank, time in enumerate(self.times)}
+        self.entries = self._entries() if self.timed else [0] * self.num_frames
+
+    def _entries(self) -> list[int]:
+        """For each rank the position of the last key packet from which that frame can be decoded."""
+        entries = [0] * self.num_frames
+        keys: list[tuple[int, int]] = []
+        for position, packet in enumerate(self.packets):
+            if packet.is_keyframe and packet.pts is not None:
+                keys.append((position, packet.pts))
+            if not packet.is_discard:
+                # A frame shown before the last key packet (open group) still needs the group before it.
+                reachable = (start for start, time in reversed(keys[-2:]) if time <= packet.pts)
+                entries[self.ranks[packet.pts]] = next(reachable, 0)
+        return entries
+
+    def seconds(self, time_base: Fraction, rate: Fraction | None) -> list[float]:
+        """Time of every frame from the first one on, and the clip's duration."""
+        step = 1 / rate if rate else Fraction(0)
+        if not self.timed:
+            return [round(float(rank * step), 6) for rank in range(self.num_frames + 1)]
+        last = next(
+            packet for packet in self.packets if packet.pts == self.times[-1] and not packet.is_discard
+        )
+        offsets = [(time - self.times[0]) * time_base for time in self.times]
+        offsets.append(offsets[-1] + (last.duration * time_base if last.duration else step))
+        return [round(float(offset), 6) for offset in offsets]
