@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_parts import parts_of, table
 
 from miles_fast.config import Config, load_config
 from miles_fast.data.batches import Quarantine
@@ -64,6 +65,19 @@ def measure_step(config: Config, settings: Any) -> dict[str, Any]:
     return {n: statistics.median(r[n] for r in records) for n in names if all(n in r for r in records)}
 
 
+def profile_step(config: Config, settings: Any, num_steps: int) -> dict[str, Any]:
+    """Milliseconds of GPU time by part over the last steps; prints the longest kernels of each."""
+    schedule = torch.profiler.schedule(
+        wait=0, warmup=config.run.steps - num_steps, active=num_steps, repeat=1
+    )
+    with torch.profiler.profile(schedule=schedule, acc_events=True) as profile:
+        # In-loop evaluation is the one thing that is called after every step.
+        pretrain(config, settings, evaluate=lambda *_: profile.step() or {})
+    parts = parts_of(profile, num_steps)
+    print(table(parts))
+    return {f"{part.name} ms": part.milliseconds for part in parts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,12 +86,22 @@ def main() -> None:
     parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
     parser.add_argument("--ds_config", default=str(ROOT / "ds.json"))
     parser.add_argument("--batches", type=int, default=50, help="batches of the loader, or steps")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="step: no timing, but what the last STEPS consist of",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     configure_logging()
     with tempfile.TemporaryDirectory() as folder:
-        run = [f"run.steps={options.batches + WARMUP}", f"run.folder={folder}/run", "run.log_every=5"]
+        steps = options.batches + WARMUP + options.profile
+        run = [f"run.steps={steps}", f"run.folder={folder}/run", "run.log_every=5"]
+        if options.profile:
+            run.append("run.evaluate_every=1")
         config = load_config(options.config, [*options.overrides, *run])
         settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
         if config.data.demo_corpus:
@@ -86,7 +110,11 @@ def main() -> None:
             figures = measure_loader(config, settings.batch, options.batches)
         else:
             init_process_group()
-            figures = measure_step(config, settings)
+            figures = (
+                profile_step(config, settings, options.profile)
+                if options.profile
+                else measure_step(config, settings)
+            )
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}")
     for name, value in figures.items():

@@ -1,0 +1,60 @@
+"""What a training step's GPU time is made of, by kind of kernel, from torch's profiler."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+# The first pattern that a kernel's name holds decides its part.
+PARTS = (
+    ("attention", r"flash|fmha|attend|attention|cls_output|cls_gradient"),
+    ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
+    ("optimizer and snapshot", r"adam|lerp|multi_tensor|foreach"),
+    ("memory copies", r"memcpy|memset|Memcpy|Memset"),
+    ("communication", r"nccl"),
+    ("decoding", r"jpeg|resample|dali|nvimgcodec|SliceFlip|BatchedSeparable|Idct|huffman"),
+    ("fused pointwise", r"triton_"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Kernels of one kind: milliseconds and launches a step, and the longest of them by name."""
+
+    name: str
+    milliseconds: float
+    launches: float
+    longest: tuple[tuple[str, float], ...]
+
+
+def parts_of(profile: torch.profiler.profile, num_steps: int) -> list[Part]:
+    """Parts of the recorded steps, longest first; all streams added up."""
+    found: dict[str, list] = defaultdict(list)
+    for event in profile.key_averages():
+        milliseconds = event.self_device_time_total / 1000
+        if milliseconds and event.device_type == torch.autograd.DeviceType.CUDA:
+            part = next((name for name, pattern in PARTS if re.search(pattern, event.key)), "other")
+            found[part].append((milliseconds / num_steps, event.count / num_steps, event.key))
+    parts = [
+        Part(
+            name=name,
+            milliseconds=sum(kernel[0] for kernel in kernels),
+            launches=sum(kernel[1] for kernel in kernels),
+            longest=tuple((key, ms) for ms, _, key in sorted(kernels, reverse=True)[:8]),
+        )
+        for name, kernels in found.items()
+    ]
+    return sorted(parts, key=lambda part: -part.milliseconds)
+
+
+def table(parts: list[Part]) -> str:
+    """The parts for people, each with its longest kernels."""
+    lines = []
+    for part in parts:
+        lines.append(f"{part.name:<28}{part.milliseconds:>9.2f} ms{part.launches:>8.0f} launches")
+        lines += [f"    {ms:>7.2f} ms  {name[:100]}" for name, ms in part.longest]
+    total = sum(part.milliseconds for part in parts)
+    return "\n".join([*lines, f"{'all kernels':<28}{total:>9.2f} ms"])
