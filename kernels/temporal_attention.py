@@ -22,8 +22,6 @@ Letters beyond the README's: P positions per frame, H heads, S head width, C chu
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from miles_fast.kernels.cls_row import combine_cls_gradients, combine_cls_output
@@ -32,11 +30,15 @@ from miles_fast.kernels.divided_attention import check_packed_qkv, divided_atten
 
 _MAX_FRAMES, _MAX_HEAD_WIDTH = 63, 128
 
-# (T, S), each rounded up to a power of two -> (rows per program, warps per program); a program's rows are T
-# frames of as many positions as fit beside the CLS row.
-# Not yet measured: reasoned from bytes. 64 rows over 4 warps are one wgmma tile.
-LAUNCH_FORWARD = {(4, 64): (64, 4)}
-LAUNCH_BACKWARD = {(4, 64): (64, 4)}
+# (T, S), each rounded up to a power of two -> (rows per program, warps per program). The rows are all frames
+# of as many positions as fit, and CLS; shapes that are not named get (64, 4).
+# Not yet measured: reasoned from bytes and from the compiled code. 64 rows over 4 warps are one wgmma tile;
+# forward issues 620 instructions a thread in 96 registers, backward 940 in 124, a third and a quarter of the
+# time that their bytes take.
+LAUNCH_FORWARD = {(1, 64): (64, 4), (4, 64): (64, 4), (16, 64): (64, 4)}
+LAUNCH_BACKWARD = {(1, 64): (64, 4), (4, 64): (64, 4), (16, 64): (64, 4)}
+# Without tensor cores (float32 is multiplied exactly) the masked pairs cost time, so that there are fewer.
+_FLOAT32_ROWS = 32
 
 
 def temporal_attention_reference(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:
@@ -46,8 +48,8 @@ def temporal_attention_reference(qkv_BN3HS: torch.Tensor, num_frames: int) -> to
 
 @jit
 def _row_tokens(chunk, num_tokens, T: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr):
-    # Rows are (position, frame), then the CLS token, then rows without a token, which read CLS and are
-    # never stored.
+    # Rows are (position, frame), then the CLS token, then rows without a token, which read CLS and are never
+    # stored. A clip's offsets fit int32; clips are told apart in int64.
     row = tl.arange(0, ROWS)
     slot = row // T
     position = chunk * POSITIONS + slot
@@ -55,7 +57,7 @@ def _row_tokens(chunk, num_tokens, T: tl.constexpr, POSITIONS: tl.constexpr, ROW
     is_patch = (row < POSITIONS * T) & (position < num_positions)
     is_cls = row == POSITIONS * T
     token = tl.where(is_patch, 1 + (row % T) * num_positions + position, 0)
-    return token.to(tl.int64), slot, is_patch, is_cls
+    return token, slot, is_patch, is_cls
 
 
 @jit
@@ -85,7 +87,7 @@ def _attend_kernel(
     values_ptr,
     num_tokens,
     num_chunks,
-    SCALE_LOG2: tl.constexpr,
+    SCALE: tl.constexpr,
     H: tl.constexpr,
     S: tl.constexpr,
     T: tl.constexpr,
@@ -102,25 +104,29 @@ def _attend_kernel(
     column = tl.arange(0, BLOCK_S)
     inside = (column < S)[None, :]
 
-    q_ptr = qkv_ptr + clip * num_tokens * (3 * H * S) + head * S
+    q_ptr = qkv_ptr + (clip * num_tokens * (3 * H * S) + head * S)
     q_ptr += token[:, None] * (3 * H * S) + column[None, :]
     q = tl.load(q_ptr, mask=inside, other=0.0)
     k = tl.load(q_ptr + H * S, mask=inside, other=0.0)
     v = tl.load(q_ptr + 2 * H * S, mask=inside, other=0.0)
 
     scores = _attended_scores(q, k, slot, is_patch, is_cls, chunk, WIDEN)
-    highest = tl.max(scores, axis=1) * SCALE_LOG2
-    weights = tl.exp2(scores * SCALE_LOG2 - highest[:, None])
+    to_log2 = SCALE * 1.4426950408889634
+    highest = tl.max(scores, axis=1) * to_log2
+    weights = tl.exp2(scores * to_log2 - highest[:, None])
     total = tl.sum(weights, axis=1)
     out = _product(weights.to(v.dtype), v, WIDEN)
 
-    out_row = out_ptr + (clip * num_tokens + token[:, None]) * (H * S) + head * S + column[None, :]
-    tl.store(out_row, out / total[:, None], mask=is_patch[:, None] & inside)
+    out_row = out_ptr + (clip * num_tokens * (H * S) + head * S)
+    out_row += token[:, None] * (H * S) + column[None, :]
+    tl.store(out_row, out * (1.0 / total)[:, None], mask=is_patch[:, None] & inside)
     share = (clip * H + head) * num_chunks + chunk
     every_row = tl.zeros([ROWS], tl.int64)
     tl.store(max_ptr + share + every_row, highest, mask=is_cls)
     tl.store(sum_ptr + share + every_row, total, mask=is_cls)
-    tl.store(values_ptr + share * S + every_row[:, None] + column[None, :], out, mask=is_cls[:, None] & inside)
+    tl.store(
+        values_ptr + share * S + every_row[:, None] + column[None, :], out, mask=is_cls[:, None] & inside
+    )
 
 
 @jit
@@ -134,7 +140,6 @@ def _differentiate_kernel(
     num_tokens,
     num_chunks,
     SCALE: tl.constexpr,
-    SCALE_LOG2: tl.constexpr,
     H: tl.constexpr,
     S: tl.constexpr,
     T: tl.constexpr,
@@ -150,28 +155,33 @@ def _differentiate_kernel(
     column = tl.arange(0, BLOCK_S)
     inside = (column < S)[None, :]
 
-    qkv_offset = clip * num_tokens * (3 * H * S) + head * S
-    qkv_offset += token[:, None] * (3 * H * S) + column[None, :]
+    qkv_start = clip * num_tokens * (3 * H * S) + head * S
+    qkv_ptr += qkv_start
+    d_qkv_ptr += qkv_start
+    qkv_offset = token[:, None] * (3 * H * S) + column[None, :]
     q = tl.load(qkv_ptr + qkv_offset, mask=inside, other=0.0)
     k = tl.load(qkv_ptr + qkv_offset + H * S, mask=inside, other=0.0)
     v = tl.load(qkv_ptr + qkv_offset + 2 * H * S, mask=inside, other=0.0)
     # A row without a token gets no d_out and so adds nothing to any gradient.
-    out_offset = (clip * num_tokens + token[:, None]) * (H * S) + head * S + column[None, :]
+    out_start = clip * num_tokens * (H * S) + head * S
+    out_ptr += out_start
+    d_out_ptr += out_start
+    out_offset = token[:, None] * (H * S) + column[None, :]
     d_out = tl.load(d_out_ptr + out_offset, mask=(is_patch | is_cls)[:, None] & inside, other=0.0)
     # The CLS row's own sums run over all chunks, so that both come from the forward pass.
-    cls_offset = clip * num_tokens * (H * S) + head * S + column
-    cls_out = tl.load(out_ptr + cls_offset, mask=column < S, other=0.0).to(tl.float32)
-    cls_d_out = tl.load(d_out_ptr + cls_offset, mask=column < S, other=0.0).to(tl.float32)
+    cls_out = tl.load(out_ptr + column, mask=column < S, other=0.0).to(tl.float32)
+    cls_d_out = tl.load(d_out_ptr + column, mask=column < S, other=0.0).to(tl.float32)
     cls_delta = tl.sum(cls_out * cls_d_out, axis=0)
     cls_lse = tl.load(lse_ptr + clip * H + head)
 
     scores = _attended_scores(q, k, slot, is_patch, is_cls, chunk, WIDEN)
-    highest = tl.max(scores, axis=1) * SCALE_LOG2
-    weights = tl.exp2(scores * SCALE_LOG2 - tl.where(is_cls, cls_lse, highest)[:, None])
+    to_log2 = SCALE * 1.4426950408889634
+    highest = tl.max(scores, axis=1) * to_log2
+    weights = tl.exp2(scores * to_log2 - tl.where(is_cls, cls_lse, highest)[:, None])
     weights *= tl.where(is_cls, 1.0, 1.0 / tl.sum(weights, axis=1))[:, None]
     d_weights = _product(d_out, tl.trans(v), WIDEN)
     delta = tl.where(is_cls, cls_delta, tl.sum(weights * d_weights, axis=1))
-    d_scores = (weights * (d_weights - delta[:, None])).to(q.dtype)
+    d_scores = (weights * (d_weights - delta[:, None]) * SCALE).to(q.dtype)
 
     stored = is_patch[:, None] & inside
     share = ((clip * H + head) * num_chunks + chunk) * (3 * S)
@@ -180,10 +190,10 @@ def _differentiate_kernel(
     d_v = _product(tl.trans(weights.to(q.dtype)), d_out, WIDEN)
     tl.store(d_qkv_ptr + qkv_offset + 2 * H * S, d_v, mask=stored)
     tl.store(partial + 2 * S, d_v, mask=is_partial)
-    d_k = _product(tl.trans(d_scores), q, WIDEN) * SCALE
+    d_k = _product(tl.trans(d_scores), q, WIDEN)
     tl.store(d_qkv_ptr + qkv_offset + H * S, d_k, mask=stored)
     tl.store(partial + S, d_k, mask=is_partial)
-    d_q = _product(d_scores, k, WIDEN) * SCALE
+    d_q = _product(d_scores, k, WIDEN)
     tl.store(d_qkv_ptr + qkv_offset, d_q, mask=stored)
     tl.store(partial, d_q, mask=is_partial)
 
@@ -192,23 +202,21 @@ def _launch_constants(table: dict, qkv_BN3HS: torch.Tensor, num_frames: int) -> 
     """The number of chunks, and the constants of a kernel."""
     _, N, _, H, S = qkv_BN3HS.shape
     num_positions = (N - 1) // num_frames
-    key = triton.next_power_of_2(num_frames), max(16, triton.next_power_of_2(S))
+    block_s = max(16, triton.next_power_of_2(S))
+    rows, num_warps = table.get((triton.next_power_of_2(num_frames), block_s)) or (64, 4)
     if qkv_BN3HS.dtype == torch.float32:
-        rows, num_warps = 32 if num_frames < 32 else 64, 4
-    else:
-        rows, num_warps = table.get(key) or (64, 4)
+        rows = _FLOAT32_ROWS
     # Chunks of equal size, so that the last one is not nearly empty.
-    num_chunks = triton.cdiv(num_positions, min(num_positions, (rows - 1) // num_frames))
+    num_chunks = triton.cdiv(num_positions, max(1, (rows - 1) // num_frames))
     positions = triton.cdiv(num_positions, num_chunks)
-    rows = max(16, triton.next_power_of_2(positions * num_frames + 1))
     constants = {
-        "SCALE_LOG2": S**-0.5 * math.log2(math.e),
+        "SCALE": S**-0.5,
         "H": H,
         "S": S,
         "T": num_frames,
         "POSITIONS": positions,
-        "ROWS": rows,
-        "BLOCK_S": key[1],
+        "ROWS": max(16, triton.next_power_of_2(positions * num_frames + 1)),
+        "BLOCK_S": block_s,
         "WIDEN": INTERPRETED,
         "num_warps": num_warps,
     }
@@ -231,9 +239,7 @@ def _temporal_attention(qkv_BN3HS, num_frames):
     sum_BHC = torch.empty_like(max_BHC)
     values_BHCS = qkv_BN3HS.new_empty((B, H, C, S), dtype=torch.float32)
     with torch.cuda.device_of(qkv_BN3HS):
-        _attend_kernel[(B * C * H,)](
-            qkv_BN3HS, out_BND, max_BHC, sum_BHC, values_BHCS, N, C, **constants
-        )
+        _attend_kernel[(B * C * H,)](qkv_BN3HS, out_BND, max_BHC, sum_BHC, values_BHCS, N, C, **constants)
         lse_BH = combine_cls_output(max_BHC, sum_BHC, values_BHCS, out_BND)
     return out_BND, lse_BH
 
@@ -265,7 +271,6 @@ def _temporal_attention_backward(d_out_BND, qkv_BN3HS, out_BND, lse_BH, num_fram
             partial_BHC3S,
             N,
             C,
-            SCALE=S**-0.5,
             **constants,
         )
         combine_cls_gradients(partial_BHC3S, d_qkv_BN3HS)
