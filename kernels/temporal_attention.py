@@ -22,6 +22,8 @@ Letters beyond the README's: P positions per frame, H heads, S head width, C chu
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from miles_fast.kernels.cls_row import combine_cls_gradients, combine_cls_output
@@ -201,26 +203,32 @@ def _differentiate_kernel(
 def _launch_constants(table: dict, qkv_BN3HS: torch.Tensor, num_frames: int) -> tuple[int, dict]:
     """The number of chunks, and the constants of a kernel."""
     _, N, _, H, S = qkv_BN3HS.shape
-    num_positions = (N - 1) // num_frames
     block_s = max(16, triton.next_power_of_2(S))
-    rows, num_warps = table.get((triton.next_power_of_2(num_frames), block_s)) or (64, 4)
+    rows, num_warps = table.get((triton.next_power_of_2(num_frames), block_s), (64, 4))
     if qkv_BN3HS.dtype == torch.float32:
         rows = _FLOAT32_ROWS
+    return _divide_positions((N - 1) // num_frames, num_frames, H, S, block_s, rows, num_warps)
+
+
+# Cached because a step asks 48 times for the same answer.
+@functools.lru_cache
+def _divide_positions(
+    num_positions: int, T: int, H: int, S: int, block_s: int, rows: int, num_warps: int
+) -> tuple[int, dict]:
     # Chunks of equal size, so that the last one is not nearly empty.
-    num_chunks = triton.cdiv(num_positions, max(1, (rows - 1) // num_frames))
+    num_chunks = triton.cdiv(num_positions, max(1, (rows - 1) // T))
     positions = triton.cdiv(num_positions, num_chunks)
-    constants = {
+    return num_chunks, {
         "SCALE": S**-0.5,
         "H": H,
         "S": S,
-        "T": num_frames,
+        "T": T,
         "POSITIONS": positions,
-        "ROWS": max(16, triton.next_power_of_2(positions * num_frames + 1)),
+        "ROWS": max(16, triton.next_power_of_2(positions * T + 1)),
         "BLOCK_S": block_s,
         "WIDEN": INTERPRETED,
         "num_warps": num_warps,
     }
-    return num_chunks, constants
 
 
 # Opaque custom ops rather than triton_op: `wrap_triton` refuses interpreted kernels, and there is nothing

@@ -140,8 +140,8 @@ def _temporal_attention_compilations():
             Compilation(
                 kernel=kernel,
                 pointers={name: "*bf16" if name in halves else "*fp32" for name in pointers},
-                num_warps=constants.pop("num_warps"),
-                constants=constants,
+                constants={name: constants[name] for name in constants if name != "num_warps"},
+                num_warps=constants["num_warps"],
                 max_registers=128,
             ),
         )
