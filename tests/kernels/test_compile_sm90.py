@@ -12,13 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
-from miles_fast.kernels import feature_regression, token_gather, token_index  # noqa: E402
+from miles_fast.kernels import (  # noqa: E402
+    cls_row,
+    feature_regression,
+    temporal_attention,
+    token_gather,
+    token_index,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WIDTH, BLOCK_WIDTH = 768, 1024
+HEADS, HEAD_WIDTH = 12, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +122,49 @@ def _compilations():
                 max_registers=64,
             ),
         )
+    yield from _temporal_attention_compilations()
+    yield from _cls_row_compilations()
+
+
+def _temporal_attention_compilations():
+    qkv = torch.empty((64, 785, 3, HEADS, HEAD_WIDTH), dtype=torch.bfloat16, device="meta")
+    halves = ("qkv_ptr", "out_ptr", "d_out_ptr", "d_qkv_ptr")
+    for kernel, table in (
+        (temporal_attention._attend_kernel, temporal_attention.LAUNCH_FORWARD),
+        (temporal_attention._differentiate_kernel, temporal_attention.LAUNCH_BACKWARD),
+    ):
+        _, constants = temporal_attention._launch_constants(table, qkv, 4)
+        pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        yield (
+            f"temporal_attention-{kernel.fn.__name__}",
+            Compilation(
+                kernel=kernel,
+                pointers={name: "*bf16" if name in halves else "*fp32" for name in pointers},
+                constants={name: constants[name] for name in constants if name != "num_warps"},
+                num_warps=constants["num_warps"],
+                max_registers=128,
+            ),
+        )
+
+
+def _cls_row_compilations():
+    widths = {"H": HEADS, "S": HEAD_WIDTH, "BLOCK_S": HEAD_WIDTH, "CHUNKS": cls_row._CHUNKS_PER_LOAD}
+    floats = ("max_ptr", "sum_ptr", "values_ptr", "lse_ptr", "partial_ptr")
+    for kernel, output, constants in (
+        (cls_row._combine_cls_output_kernel, "out_ptr", {**widths, "ALL_CHUNKS": 16}),
+        (cls_row._combine_cls_gradients_kernel, "d_qkv_ptr", widths),
+    ):
+        pointers = {name: "*fp32" for name in floats if name in kernel.arg_names}
+        yield (
+            f"cls_row-{kernel.fn.__name__}",
+            Compilation(
+                kernel=kernel,
+                pointers={**pointers, output: "*bf16"},
+                constants=constants,
+                num_warps=cls_row._NUM_WARPS,
+                max_registers=64,
+            ),
+        )
 
 
 COMPILATIONS = dict(_compilations())
@@ -169,7 +220,7 @@ def test_compiles_for_hopper(name, compiled_folder):
 def test_every_kernel_is_compiled():
     written = {
         name
-        for module in (token_gather, token_index, feature_regression)
+        for module in (token_gather, token_index, feature_regression, temporal_attention, cls_row)
         for name, value in vars(module).items()
         if name.endswith("_kernel") and hasattr(value, "fn")
     }
