@@ -12,16 +12,27 @@ beyond its inputs.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from miles_fast.kernels import cases, feature_regression, token_gather
+from miles_fast.kernels import (
+    attention_cases,
+    cases,
+    feature_regression,
+    temporal_attention,
+    token_gather,
+)
+from miles_fast.kernels.dispatch import triton
+from miles_fast.models.attention import divided_attention
 
 COPY_BYTES = 1 << 30
 SWEEP_ROWS = (1, 2, 4, 8, 16, 32)
@@ -32,29 +43,77 @@ SWEEP_NUMBERS_PER_THREAD = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """An op, what it is timed against, where, and the launch tables a sweep may vary."""
+    """An op, what it is timed against, where, and the launch tables a sweep may vary.
+
+    `key` is a case's entry in the tables, `candidates` what a sweep puts there.
+    """
 
     op: Callable
     reference: Callable
+    rivals: dict[str, Callable]
     trainer_cases: tuple[cases.Case, ...]
-    forward_table: dict[int, tuple[int, int]] | None = None
-    backward_table: dict[int, tuple[int, int]] | None = None
+    forward_table: dict[Any, tuple[int, ...]]
+    backward_table: dict[Any, tuple[int, ...]]
+    key: Callable[[Any], Any]
+    candidates: Callable[[Any], list[tuple[int, ...]]]
+
+
+def _block_width(case: Any) -> int:
+    return 1 << (case.D - 1).bit_length()
+
+
+def _rows_and_warps(case: Any) -> list[tuple[int, ...]]:
+    numbers = SWEEP_NUMBERS_PER_THREAD * 32
+    return [(r, w) for r in SWEEP_ROWS for w in SWEEP_WARPS if r * _block_width(case) <= numbers * w]
+
+
+def _frames_and_head_width(case: Any) -> tuple[int, int]:
+    return 1 << (case.T - 1).bit_length(), 1 << (case.S - 1).bit_length()
+
+
+def _eager_and_compiled(reference: Callable) -> dict[str, Callable]:
+    return {"eager": reference, "compiled": torch.compile(reference, fullgraph=True, dynamic=False)}
+
+
+def _backends(axis: str) -> dict[str, Callable]:
+    def run(qkv: torch.Tensor, num_frames: int, backend: str) -> torch.Tensor:
+        return divided_attention(qkv, num_frames, axis, backend)
+
+    names = ["sdpa", *(["flash"] if importlib.util.find_spec("flash_attn") else [])]
+    eager = {name: partial(run, backend=name) for name in names}
+    return {**eager, "sdpa compiled": torch.compile(eager["sdpa"], dynamic=False)}
 
 
 CONTESTS = {
     "token_gather": Contest(
         op=token_gather.token_gather,
         reference=token_gather.token_gather_reference,
+        rivals=_eager_and_compiled(token_gather.token_gather_reference),
         trainer_cases=cases.TOKEN_GATHER_TRAINER,
         forward_table=token_gather.LAUNCH_FORWARD,
         backward_table=token_gather.LAUNCH_BACKWARD,
+        key=_block_width,
+        candidates=_rows_and_warps,
     ),
     "feature_regression": Contest(
         op=feature_regression.feature_regression,
         reference=feature_regression.feature_regression_reference,
+        rivals=_eager_and_compiled(feature_regression.feature_regression_reference),
         trainer_cases=cases.FEATURE_REGRESSION_TRAINER,
         forward_table=feature_regression.LAUNCH_FORWARD,
         backward_table=feature_regression.LAUNCH_BACKWARD,
+        key=_block_width,
+        candidates=_rows_and_warps,
+    ),
+    "temporal_attention": Contest(
+        op=temporal_attention.temporal_attention,
+        reference=temporal_attention.temporal_attention_reference,
+        rivals=_backends("time"),
+        trainer_cases=attention_cases.TRAINER,
+        forward_table=temporal_attention.LAUNCH_FORWARD,
+        backward_table=temporal_attention.LAUNCH_BACKWARD,
+        key=_frames_and_head_width,
+        candidates=lambda case: [(32, 1), (32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8)],
     ),
 }
 
@@ -100,16 +159,11 @@ def peak_mib(call: Callable) -> float:
 
 
 def time_case(name: str, contest: Contest, case: cases.Case, copy_rate: float) -> list[Timing]:
-    """Ours, the eager reference and the compiled reference on the same inputs."""
+    """Ours and its rivals on the same inputs."""
     inputs = case.inputs("cuda")
     torch._dynamo.reset()
-    implementations = {
-        "triton": contest.op,
-        "eager": contest.reference,
-        "compiled": torch.compile(contest.reference, fullgraph=True, dynamic=False),
-    }
     timings = []
-    for implementation, op in implementations.items():
+    for implementation, op in {"triton": contest.op, **contest.rivals}.items():
 
         def forward(op=op):
             return case.call(op, inputs)
@@ -140,13 +194,10 @@ def time_case(name: str, contest: Contest, case: cases.Case, copy_rate: float) -
 
 
 def sweep_table(contest: Contest, case: cases.Case, *, backward: bool) -> dict:
-    """Time every (rows, warps) of one direction at one case; the table is left as it was."""
-    import triton
-
+    """Time every candidate of one direction at one case; the table is left as it was."""
     table = contest.backward_table if backward else contest.forward_table
-    inputs = case.inputs("cuda")
-    block_width = triton.next_power_of_2(inputs.leaf.shape[-1])
-    before = table.get(block_width)
+    inputs, key = case.inputs("cuda"), contest.key(case)
+    before = table.get(key)
     output = case.call(contest.op, inputs)
     d_output = inputs.d_output.to(output.dtype)
 
@@ -157,27 +208,27 @@ def sweep_table(contest: Contest, case: cases.Case, *, backward: bool) -> dict:
 
     milliseconds = {}
     try:
-        for rows in SWEEP_ROWS:
-            for num_warps in SWEEP_WARPS:
-                if rows * block_width > SWEEP_NUMBERS_PER_THREAD * 32 * num_warps:
-                    continue
-                table[block_width] = (rows, num_warps)
-                milliseconds[rows, num_warps] = median_ms(measured)
+        for candidate in contest.candidates(case):
+            table[key] = candidate
+            try:
+                milliseconds[candidate] = median_ms(measured)
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{case.name}: {candidate} does not fit ({error})")
     finally:
         if before is None:
-            table.pop(block_width, None)
+            table.pop(key, None)
         else:
-            table[block_width] = before
+            table[key] = before
     ranked = sorted(milliseconds, key=milliseconds.get)
     direction = "backward" if backward else "forward"
-    print(f"{case.name} {direction}: {block_width}: {ranked[0]}, now {before}")
-    for rows, num_warps in ranked[:5] + ([before] if before in ranked[5:] else []):
-        print(f"    rows {rows:2d} warps {num_warps}: {milliseconds[rows, num_warps]:.4f} ms")
+    print(f"{case.name} {direction}: {key}: {ranked[0]}, now {before}")
+    for candidate in ranked[:5] + ([before] if before in ranked[5:] else []):
+        print(f"    {candidate}: {milliseconds[candidate]:.4f} ms")
     return {
         "case": case.name,
         "direction": direction,
-        "block_width": block_width,
-        "milliseconds": {f"{rows},{num_warps}": milliseconds[rows, num_warps] for rows, num_warps in ranked},
+        "key": str(key),
+        "milliseconds": {str(candidate): milliseconds[candidate] for candidate in ranked},
     }
 
 
@@ -200,19 +251,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=sorted(CONTESTS), action="append", help="only this op (repeatable)")
     parser.add_argument(
-        "--sweep", action="store_true", help="time every launch parameter instead, once a width"
+        "--sweep", action="store_true", help="time the launch parameters instead, once a table entry"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results and the versions here")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/micro.py needs a CUDA GPU: none is available", file=sys.stderr)
         return 2
-    import triton
-
     copy_rate = copy_gb_per_second()
     timings, sweeps, refused = [], [], []
     for name in options.op or CONTESTS:
-        contest, swept_widths = CONTESTS[name], set()
+        contest, swept = CONTESTS[name], set()
         for case in contest.trainer_cases:
             broken = cases.violations(case, contest.op, contest.reference, "cuda")
             torch.cuda.empty_cache()
@@ -221,8 +270,8 @@ def main() -> int:
                 continue
             if not options.sweep:
                 timings += time_case(name, contest, case, copy_rate)
-            elif contest.forward_table is not None and case.D not in swept_widths:
-                swept_widths.add(case.D)
+            elif contest.key(case) not in swept:
+                swept.add(contest.key(case))
                 sweeps += [sweep_table(contest, case, backward=backward) for backward in (False, True)]
     if timings:
         print_table(timings, copy_rate)

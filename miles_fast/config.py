@@ -120,7 +120,7 @@ class ModelConfig:
     text: TextEncoderConfig
     video: VideoEncoderConfig = Field(default_factory=VideoEncoderConfig)
     embedding: int = Field(default=256, ge=1)
-    attention: Literal["auto", "sdpa", "flash", "reference"] = "auto"
+    attention: Literal["auto", "triton", "sdpa", "flash", "reference"] = "auto"
 
 
 @dataclass(**_OPTIONS)

@@ -14,23 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles_fast.kernels.divided_attention import Axis, check_packed_qkv, divided_attention_reference
+from miles_fast.kernels.temporal_attention import temporal_attention
 
 
 def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: str = "auto") -> Tensor:
     """Attend along one axis; returns (B, N, H * S) in the dtype of the input.
 
-    Backends: `sdpa` (torch's fused attention), `flash` (flash-attn 4 or 2: CUDA, bf16 or fp16), `reference`
-    (masked softmax over all pairs, the definition), `auto` (sdpa, the fastest measured at 197 keys:
-    spec/h100.md). Raises ValueError for an unknown backend or axis, or when N is not 1 + a multiple of
-    `num_frames`.
+    Backends: `triton` (this project's ops, from the packed qkv), `sdpa` (torch's fused attention), `flash`
+    (flash-attn 4 or 2: CUDA, bf16 or fp16), `reference` (masked softmax over all pairs, the definition),
+    `auto` (triton on a GPU, sdpa elsewhere). Raises ValueError for an unknown backend or axis, or when N is
+    not 1 + a multiple of `num_frames`.
     """
     if axis not in ("time", "space"):
         raise ValueError(f"axis = {axis!r}: expected 'time' or 'space'")
     check_packed_qkv(qkv_BN3HS, num_frames)
     if backend == "reference":
         return divided_attention_reference(qkv_BN3HS, num_frames, axis)
-    if backend not in ("auto", "sdpa", "flash"):
-        raise ValueError(f"attention backend {backend!r}: expected auto, sdpa, flash or reference")
+    if backend not in ("auto", "triton", "sdpa", "flash"):
+        raise ValueError(f"attention backend {backend!r}: expected auto, triton, sdpa, flash or reference")
+    if axis == "time" and (backend == "triton" or (backend == "auto" and qkv_BN3HS.is_cuda)):
+        return temporal_attention(qkv_BN3HS, num_frames)
     attend = _flash_attend if backend == "flash" else _sdpa_attend
     cls_B1HS = attend(qkv_BN3HS[:, :1, 0], qkv_BN3HS[:, :, 1], qkv_BN3HS[:, :, 2])
     patches = (

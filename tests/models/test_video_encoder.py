@@ -100,19 +100,28 @@ def test_golden_vectors_of_the_reference_in_float64():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_frames", [4, 2, 1])
+@pytest.mark.parametrize(
+    "backend,dtype,tolerance",
+    [
+        ("sdpa", torch.float64, 1e-6),
+        ("sdpa", torch.float32, 2e-5),
+        ("triton", torch.float32, 2e-5),
+        ("reference", torch.float32, 2e-5),
+    ],
+)
 @torch.inference_mode()
-def test_golden_vectors_on_the_gpu(num_frames):
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    video = (4 * fill((2, num_frames, 3, 224, 224), 1000)).float().cuda()
-    tokens = golden_encoder("sdpa", torch.float32).cuda()(video).cpu()
-    torch.set_float32_matmul_precision(previous)
-    np.testing.assert_allclose(tokens[0, 0, :6], GOLDEN[num_frames][0], atol=5e-5)
+def test_golden_vectors_on_the_gpu(backend, dtype, tolerance, num_frames, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    video = (4 * fill((2, num_frames, 3, 224, 224), 1000)).to("cuda", dtype)
+    tokens = golden_encoder(backend, dtype).cuda()(video).cpu()
+    np.testing.assert_allclose(tokens[0, 0, :6], GOLDEN[num_frames][0], atol=tolerance)
+    np.testing.assert_allclose(tokens[0, -1, :3], LAST_TOKEN[num_frames], atol=tolerance)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("axis", ["time", "space"])
-@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+@pytest.mark.parametrize("backend", ["sdpa", "triton", "flash"])
 def test_bf16_backends_on_the_gpu(backend, axis):
     if backend == "flash":
         pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
