@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # A module may import from its own layer and from earlier ones.
-LAYERS = ["kernels", "config", "distributed", "models", "data", "training", "evaluation", "export"]
+LAYERS = ["kernels", "config", "files", "distributed", "models", "data", "training", "evaluation", "export"]
 OPTIONAL = {"nvidia": 1, "webdataset": 3, "deepspeed": 2, "flash_attn": 1, "timm": 1, "transformers": 3}
 
 

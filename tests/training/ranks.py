@@ -71,13 +71,12 @@ def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
     batches, losses, norms, keys = loader.batches(0), [], [], []
     for step in range(1, steps + 1):
         item = next(batches)
-        result = train_step(engine, snapshot, item, with_statistics=True)
+        result, norm = train_step(engine, snapshot, item, with_statistics=True)
         snapshot.follow(engine.module.model, step)
         values = torch.stack([value.detach().float() for value in result])
         torch.distributed.all_reduce(values)
         losses.append((values / world_size()).tolist()[:3])
-        if stage:  # DeepSpeed keeps no norm for fp32 at ZeRO 0
-            norms.append(float(engine.get_global_grad_norm()))
+        norms.append(float(engine.get_global_grad_norm() if norm is None else norm))
         keys.append(list(item.keys))
     batches.close()
     weights = full_weights(engine)
