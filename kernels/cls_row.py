@@ -43,11 +43,12 @@ def _combine_cls_output_kernel(
 ):
     pid = tl.program_id(0).to(tl.int64)
     clip, head = pid // H, pid % H
-    chunk = tl.arange(0, ALL_CHUNKS)
-    highest = tl.load(max_ptr + pid * num_chunks + chunk, mask=chunk < num_chunks, other=float("-inf"))
-    total = tl.load(sum_ptr + pid * num_chunks + chunk, mask=chunk < num_chunks, other=0.0)
-    peak = tl.max(highest, axis=0)
-    lse = peak + tl.log2(tl.sum(total * tl.exp2(highest - peak), axis=0))
+    every_chunk = tl.arange(0, ALL_CHUNKS)
+    exists = every_chunk < num_chunks
+    maxima = tl.load(max_ptr + pid * num_chunks + every_chunk, mask=exists, other=float("-inf"))
+    totals = tl.load(sum_ptr + pid * num_chunks + every_chunk, mask=exists, other=0.0)
+    peak = tl.max(maxima, axis=0)
+    lse = peak + tl.log2(tl.sum(totals * tl.exp2(maxima - peak), axis=0))
     tl.store(lse_ptr + pid, lse)
 
     column = tl.arange(0, BLOCK_S)

@@ -253,4 +253,4 @@ def _picture(frame, reformatter) -> np.ndarray:
     else:
         picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    return np.ascontiguousarray(np.rot90(picture, turns))  # FFmpeg pads odd rows
