@@ -62,16 +62,22 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Convolution with stride = kernel = patch: (B, T, C, H, W) -> (B, T * P, D)."""
+    """Convolution with stride = kernel = patch: (B, T, C, H, W) -> (B, T * P, D).
+
+    Computed as one matrix product over the patches' pixels, which needs no other memory layout; `proj` is a
+    convolution for its published name and shape.
+    """
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
 
     def forward(self, video_BTCHW: Tensor) -> Tensor:
-        batch = video_BTCHW.shape[0]
-        grid = self.proj(video_BTCHW.flatten(0, 1).to(self.proj.weight.dtype))
-        return grid.flatten(2).transpose(1, 2).reshape(batch, -1, grid.shape[1])
+        size = self.proj.kernel_size[0]
+        video = video_BTCHW.to(self.proj.weight.dtype)
+        grid = video.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # B T C rows size columns size
+        patches = grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class SpaceTimeTransformer(nn.Module):

@@ -66,8 +66,7 @@ def pretrain(
             device=device,
         )
     if config.run.compile:
-        for block in [*objective.model.video_model.blocks, *(snapshot.blocks if snapshot else [])]:
-            block.compile()
+        compile_towers(objective, snapshot)
     engine = build_engine(objective, settings)
     torch.manual_seed(config.run.seed + 1 + rank())
     if checkpoint:
@@ -90,6 +89,22 @@ def pretrain(
         _train(config, settings, engine, snapshot, loader, log, run, device, first_step, evaluate)
     finally:
         log.close()
+
+
+def compile_towers(objective: Objective, snapshot: Snapshot | None) -> None:
+    """Have both towers of the student, and the snapshot's, compiled when they first run."""
+    import os
+
+    towers = [objective.model.video_model, *([snapshot.video_model] if snapshot else [])]
+    if os.environ.get("WHOLE"):
+        for tower in towers:
+            tower.compile(dynamic=False)
+    else:
+        for tower in towers:
+            for block in tower.blocks:
+                block.compile(dynamic=False)
+    for layer in objective.model.text_model.transformer.layer:
+        layer.compile(dynamic=False)
 
 
 def _train(
@@ -125,7 +140,9 @@ def _train(
             if evaluate is not None and (
                 last or (config.run.evaluate_every and step % config.run.evaluate_every == 0)
             ):
-                result = evaluate(engine.module.model, device)
+                # Its last batch is smaller: not worth compiling for.
+                with torch.compiler.set_stance("force_eager"):
+                    result = evaluate(engine.module.model, device)
                 log.write(step, {"evaluation": result})
                 meter.pause()
             if step % config.run.save_every == 0 or last:

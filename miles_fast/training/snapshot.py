@@ -42,14 +42,14 @@ class Snapshot:
             self._average = [p.detach().float().to(device, copy=True) for p in parts.parameters()]
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer blocks that `encode` runs."""
-        return self._modules["video_model"].blocks
+    def video_model(self) -> nn.Module:
+        """The encoder that `encode` runs."""
+        return self._modules["video_model"]
 
     @torch.no_grad()
     def encode(self, video_BTCHW: Tensor) -> Tensor:
         """Targets of the unmasked clips without [CLS]: (B, N, D), or (B, N, E) when projected."""
-        tokens = self._modules["video_model"](video_BTCHW)[:, 1:]
+        tokens = self.video_model(video_BTCHW)[:, 1:]
         return self._modules["vid_proj"](tokens) if self.regression.feature == "projected" else tokens
 
     def momentum(self, step: int) -> float:
@@ -69,9 +69,11 @@ class Snapshot:
         for parameters in _gathered_parts(student):
             stop = start + len(parameters)
             average = self._average[start:stop]
-            torch._foreach_lerp_(
-                average, [p.detach().to(a) for p, a in zip(parameters, average, strict=True)], weight
-            )
+            if self._used is not self._average:
+                wide = [torch.empty_like(tensor) for tensor in average]
+                torch._foreach_copy_(wide, [p.detach() for p in parameters])
+                parameters = wide
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], weight)
             if self._used is not self._average:
                 torch._foreach_copy_(self._used[start:stop], average)
             start = stop
