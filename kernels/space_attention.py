@@ -1,0 +1,440 @@
+"""space_attention: divided attention along space, straight from the packed qkv.
+
+    out[b, n, h] = sum_j W_nj v[b, j, h],   W_nj = 2^(s_nj - lse_n),   s_nj = q[b, n, h] . k[b, j, h] log2(e) / sqrt(S)
+
+A patch query n attends to the P patches j of its own frame and to CLS, the CLS query to all N = 1 + T P tokens.
+qkv (B, N, 3, H, S) is read where it lies, out (B, N, H * S) is written whole, and backward writes one packed
+d_qkv: nothing is rearranged, concatenated or transposed in memory.
+
+A frame is P + 1 rows: its patches, then CLS, whose address is another one. The CLS key is then one more column
+of a tile and the CLS query one more row, of which each frame yields a part; kernels/cls_row.py adds the parts.
+The pair (CLS, CLS) counts in frame 0.
+
+Forward saves lse (B, H, N) float32. Backward:
+
+    delta_n = sum_S d_out[n] out[n]      dX_nj = W_nj (d_out[n] . v[j] - delta_n)
+    d_q[n] = sum_j dX_nj k[j] / sqrt(S)  d_k[j] = sum_n dX_nj q[n] / sqrt(S)  d_v[j] = sum_n W_nj d_out[n]
+
+in two kernels: programs of the first own queries (d_q, and delta for the second), programs of the second own
+keys (d_k, d_v). Seven products instead of five, but no d_q passes between programs. W and dX are rounded to the
+input's dtype for the products; everything else is float32.
+
+Letters beyond the README's: P positions per frame, H heads, S head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from miles_fast.kernels.cls_row import combine_cls_gradient, combine_cls_output
+from miles_fast.kernels.dispatch import jit, runs_triton, tl, triton
+from miles_fast.kernels.divided_attention import check_packed_qkv, divided_attention_reference
+
+# (P, S), each rounded up to a power of two -> (query rows, key rows, warps per program, pipeline stages), for
+# 16-bit numbers. Not yet measured: reasoned from registers and shared memory. Four warps and 64 rows are one
+# wgmma tile; 197 rows are three tiles of 64 and a tail of 16 in the inner loop.
+LAUNCH_FORWARD = {(256, 64): (64, 64, 4, 2)}
+LAUNCH_BACKWARD_QUERY = {(256, 64): (64, 64, 4, 2)}
+LAUNCH_BACKWARD_KEY = {(256, 64): (64, 64, 4, 2)}
+
+
+@jit
+def _place(T, P: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    # Programs of one frame and head are neighbours, then its heads: they meet in L2.
+    pid = tl.program_id(0)
+    blocks = (P + 1 + BLOCK - 1) // BLOCK
+    first_row = pid % blocks * BLOCK
+    pid = pid // blocks
+    return (pid // H // T).to(tl.int64), (pid // H % T).to(tl.int64), pid % H, first_row
+
+
+@jit
+def _rows(
+    ptr, token, present, MASKED: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    # Tokens of one head. A mask that is true everywhere would still cost registers in the inner loop.
+    column = tl.arange(0, BLOCK_S)
+    pointers = ptr + token[:, None] * STRIDE + column[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=present[:, None] & (column < S)[None, :], other=0.0)
+    if S < BLOCK_S:
+        return tl.load(pointers, mask=(column < S)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@jit
+def _attend(q, k, v, allowed, row_max, row_sum, out, scale, MASKED: tl.constexpr):
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        scores = tl.where(allowed, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(weights, axis=1)
+    out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+    return new_max, row_sum, out
+
+
+@jit
+def _attend_kernel(
+    qkv_ptr,
+    out_ptr,
+    lse_ptr,
+    cls_max_ptr,
+    cls_sum_ptr,
+    cls_value_ptr,
+    T,
+    scale,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    clip, frame, head, first_query = _place(T, P, H, BLOCK_Q)
+    D: tl.constexpr = H * S
+    ROW: tl.constexpr = 3 * D
+    FULL: tl.constexpr = P // BLOCK_K * BLOCK_K
+    first_token, num_tokens = 1 + frame * P, 1 + T.to(tl.int64) * P
+    q_ptr = qkv_ptr + clip * num_tokens * ROW + head * S
+    k_ptr, v_ptr = q_ptr + D, q_ptr + 2 * D
+
+    query, tail = first_query + tl.arange(0, BLOCK_Q), FULL + tl.arange(0, TAIL)
+    query_token = tl.where(query < P, first_token + query, 0)
+    tail_token = tl.where(tail < P, first_token + tail, 0)
+    q = _rows(q_ptr, query_token, query <= P, True, ROW, S, BLOCK_S)
+    k_tail = _rows(k_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
+    v_tail = _rows(v_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
+
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    out = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
+    for first_key in range(0, FULL, BLOCK_K):
+        key_token = first_token + first_key + tl.arange(0, BLOCK_K)
+        k = _rows(k_ptr, key_token, None, False, ROW, S, BLOCK_S)
+        v = _rows(v_ptr, key_token, None, False, ROW, S, BLOCK_S)
+        row_max, row_sum, out = _attend(q, k, v, None, row_max, row_sum, out, scale, False)
+    # The tail comes last: it may hold nothing but a forbidden pair (CLS, CLS), and the maximum is finite by then.
+    allowed = (tail <= P)[None, :] & ((query < P)[:, None] | (tail < P)[None, :] | (frame == 0))
+    row_max, row_sum, out = _attend(q, k_tail, v_tail, allowed, row_max, row_sum, out, scale, True)
+
+    column = tl.arange(0, BLOCK_S)
+    out_ptrs = out_ptr + (clip * num_tokens + query_token)[:, None] * D + head * S + column[None, :]
+    tl.store(out_ptrs, out / row_sum[:, None], mask=(query < P)[:, None] & (column < S)[None, :])
+    lse_ptrs = lse_ptr + (clip * H + head) * num_tokens + query_token
+    tl.store(lse_ptrs, row_max + tl.log2(row_sum), mask=query < P)
+    if first_query + BLOCK_Q > P:
+        chunk = (clip * H + head) * T + frame
+        tl.store(cls_max_ptr + chunk, tl.sum(tl.where(query == P, row_max, 0.0), axis=0))
+        tl.store(cls_sum_ptr + chunk, tl.sum(tl.where(query == P, row_sum, 0.0), axis=0))
+        value = tl.sum(tl.where((query == P)[:, None], out, 0.0), axis=0)
+        tl.store(cls_value_ptr + chunk * S + column, value, mask=column < S)
+
+
+@jit
+def _query_gradient(q, k, v, d_out, lse, delta, allowed, d_q, scale, MASKED: tl.constexpr):
+    weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+    if MASKED:
+        weights = tl.where(allowed, weights, 0.0)
+    d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision="ieee") - delta[:, None])
+    return tl.dot(d_scores.to(k.dtype), k, d_q, input_precision="ieee")
+
+
+@jit
+def _query_gradient_kernel(
+    qkv_ptr,
+    out_ptr,
+    d_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    d_qkv_ptr,
+    cls_partial_ptr,
+    T,
+    scale,
+    d_scale,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    clip, frame, head, first_query = _place(T, P, H, BLOCK_Q)
+    D: tl.constexpr = H * S
+    ROW: tl.constexpr = 3 * D
+    FULL: tl.constexpr = P // BLOCK_K * BLOCK_K
+    first_token, num_tokens = 1 + frame * P, 1 + T.to(tl.int64) * P
+    q_ptr = qkv_ptr + clip * num_tokens * ROW + head * S
+    k_ptr, v_ptr = q_ptr + D, q_ptr + 2 * D
+    out_offset = clip * num_tokens * D + head * S
+
+    query, tail = first_query + tl.arange(0, BLOCK_Q), FULL + tl.arange(0, TAIL)
+    query_token = tl.where(query < P, first_token + query, 0)
+    tail_token = tl.where(tail < P, first_token + tail, 0)
+    d_out = _rows(d_out_ptr + out_offset, query_token, query <= P, True, D, S, BLOCK_S)
+    out = _rows(out_ptr + out_offset, query_token, query <= P, True, D, S, BLOCK_S)
+    q = _rows(q_ptr, query_token, query <= P, True, ROW, S, BLOCK_S)
+    k_tail = _rows(k_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
+    v_tail = _rows(v_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
+    row = (clip * H + head) * num_tokens + query_token
+    lse = tl.load(lse_ptr + row, mask=query <= P, other=float("inf"))
+    delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), axis=1)
+    # All frames store the same delta of CLS.
+    tl.store(delta_ptr + row, delta, mask=query <= P)
+
+    d_q = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
+    for first_key in range(0, FULL, BLOCK_K):
+        key_token = first_token + first_key + tl.arange(0, BLOCK_K)
+        k = _rows(k_ptr, key_token, None, False, ROW, S, BLOCK_S)
+        v = _rows(v_ptr, key_token, None, False, ROW, S, BLOCK_S)
+        d_q = _query_gradient(q, k, v, d_out, lse, delta, None, d_q, scale, False)
+    allowed = (tail <= P)[None, :] & ((query < P)[:, None] | (tail < P)[None, :] | (frame == 0))
+    d_q = _query_gradient(q, k_tail, v_tail, d_out, lse, delta, allowed, d_q, scale, True) * d_scale
+
+    column = tl.arange(0, BLOCK_S)
+    d_q_ptrs = d_qkv_ptr + (clip * num_tokens + query_token)[:, None] * ROW + head * S + column[None, :]
+    tl.store(d_q_ptrs, d_q, mask=(query < P)[:, None] & (column < S)[None, :])
+    if first_query + BLOCK_Q > P:
+        share_ptrs = cls_partial_ptr + ((clip * H + head) * T + frame) * 3 * S + column
+        tl.store(share_ptrs, tl.sum(tl.where((query == P)[:, None], d_q, 0.0), axis=0), mask=column < S)
+
+
+@jit
+def _key_gradient(q, k, v, d_out, lse, delta, allowed, d_k, d_v, scale, MASKED: tl.constexpr):
+    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+    if MASKED:
+        weights = tl.where(allowed, weights, 0.0)
+    d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision="ieee")
+    d_scores = weights * (tl.dot(v, tl.trans(d_out), input_precision="ieee") - delta[None, :])
+    d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision="ieee")
+    return d_k, d_v
+
+
+@jit
+def _key_gradient_kernel(
+    qkv_ptr,
+    d_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    d_qkv_ptr,
+    cls_partial_ptr,
+    T,
+    scale,
+    d_scale,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    clip, frame, head, first_key = _place(T, P, H, BLOCK_K)
+    D: tl.constexpr = H * S
+    ROW: tl.constexpr = 3 * D
+    FULL: tl.constexpr = P // BLOCK_Q * BLOCK_Q
+    first_token, num_tokens = 1 + frame * P, 1 + T.to(tl.int64) * P
+    q_ptr = qkv_ptr + clip * num_tokens * ROW + head * S
+    k_ptr, v_ptr = q_ptr + D, q_ptr + 2 * D
+    d_out_ptr += clip * num_tokens * D + head * S
+    lse_ptr += (clip * H + head) * num_tokens
+    delta_ptr += (clip * H + head) * num_tokens
+
+    key, tail = first_key + tl.arange(0, BLOCK_K), FULL + tl.arange(0, TAIL)
+    key_token = tl.where(key < P, first_token + key, 0)
+    tail_token = tl.where(tail < P, first_token + tail, 0)
+    k = _rows(k_ptr, key_token, key <= P, True, ROW, S, BLOCK_S)
+    v = _rows(v_ptr, key_token, key <= P, True, ROW, S, BLOCK_S)
+    q_tail = _rows(q_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
+    d_out_tail = _rows(d_out_ptr, tail_token, tail <= P, True, D, S, BLOCK_S)
+    lse_tail = tl.load(lse_ptr + tail_token, mask=tail <= P, other=float("inf"))
+    delta_tail = tl.load(delta_ptr + tail_token, mask=tail <= P, other=0.0)
+
+    d_k = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
+    d_v = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
+    for first_query in range(0, FULL, BLOCK_Q):
+        query_token = first_token + first_query + tl.arange(0, BLOCK_Q)
+        q = _rows(q_ptr, query_token, None, False, ROW, S, BLOCK_S)
+        d_out = _rows(d_out_ptr, query_token, None, False, D, S, BLOCK_S)
+        lse, delta = tl.load(lse_ptr + query_token), tl.load(delta_ptr + query_token)
+        d_k, d_v = _key_gradient(q, k, v, d_out, lse, delta, None, d_k, d_v, scale, False)
+    allowed = (tail < P)[None, :] | (key < P)[:, None] | (frame == 0)
+    d_k, d_v = _key_gradient(q_tail, k, v, d_out_tail, lse_tail, delta_tail, allowed, d_k, d_v, scale, True)
+    d_k *= d_scale
+
+    column = tl.arange(0, BLOCK_S)
+    inside = (key < P)[:, None] & (column < S)[None, :]
+    d_k_ptrs = d_qkv_ptr + (clip * num_tokens + key_token)[:, None] * ROW + D + head * S + column[None, :]
+    tl.store(d_k_ptrs, d_k, mask=inside)
+    tl.store(d_k_ptrs + D, d_v, mask=inside)
+    if first_key + BLOCK_K > P:
+        share_ptrs = cls_partial_ptr + ((clip * H + head) * T + frame) * 3 * S + column
+        cls = (key == P)[:, None]
+        tl.store(share_ptrs + S, tl.sum(tl.where(cls, d_k, 0.0), axis=0), mask=column < S)
+        tl.store(share_ptrs + 2 * S, tl.sum(tl.where(cls, d_v, 0.0), axis=0), mask=column < S)
+
+
+def _launch_parameters(table: dict, qkv_BN3HS: torch.Tensor, P: int) -> tuple[int, int, int, int]:
+    S = qkv_BN3HS.shape[-1]
+    wide = qkv_BN3HS.dtype == torch.float32
+    measured = table.get((triton.next_power_of_2(P), triton.next_power_of_2(S)))
+    if measured and not wide:
+        return measured
+    # Without tensor cores both tiles of a product lie in registers.
+    rows = min(32 if wide else 64, max(16, triton.next_power_of_2(P + 1)))
+    return rows, rows, 8 if S > 64 else 4, 2
+
+
+def _tail(P: int, block: int) -> int:
+    # What a loop over blocks of patches leaves: the last patches and CLS. tl.dot wants 16 rows at least.
+    return max(16, triton.next_power_of_2(P % block + 1))
+
+
+def _attend_frames(qkv_BN3HS: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    qkv_BN3HS = qkv_BN3HS.contiguous()
+    B, N, _, H, S = qkv_BN3HS.shape
+    P = (N - 1) // T
+    out_BND = torch.empty((B, N, H * S), dtype=qkv_BN3HS.dtype, device=qkv_BN3HS.device)
+    lse_BHN = torch.empty((B, H, N), dtype=torch.float32, device=qkv_BN3HS.device)
+    if out_BND.numel() == 0:
+        return out_BND, lse_BHN
+    cls_max_BHT, cls_sum_BHT = torch.empty((2, B, H, T), dtype=torch.float32, device=qkv_BN3HS.device)
+    cls_value_BHTS = torch.empty((B, H, T, S), dtype=torch.float32, device=qkv_BN3HS.device)
+    block_q, block_k, num_warps, num_stages = _launch_parameters(LAUNCH_FORWARD, qkv_BN3HS, P)
+    with torch.cuda.device_of(qkv_BN3HS):
+        _attend_kernel[(B * T * H * triton.cdiv(P + 1, block_q),)](
+            qkv_BN3HS,
+            out_BND,
+            lse_BHN,
+            cls_max_BHT,
+            cls_sum_BHT,
+            cls_value_BHTS,
+            T,
+            math.log2(math.e) / math.sqrt(S),
+            P=P,
+            H=H,
+            S=S,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            TAIL=_tail(P, block_k),
+            BLOCK_S=max(16, triton.next_power_of_2(S)),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        combine_cls_output(cls_max_BHT, cls_sum_BHT, cls_value_BHTS, out_BND, lse_BHN[:, :, 0])
+    return out_BND, lse_BHN
+
+
+def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> torch.Tensor:
+    d_out_BND, qkv_BN3HS = d_out_BND.contiguous(), qkv_BN3HS.contiguous()
+    B, N, _, H, S = qkv_BN3HS.shape
+    P = (N - 1) // T
+    d_qkv_BN3HS = torch.empty_like(qkv_BN3HS)
+    if d_qkv_BN3HS.numel() == 0:
+        return d_qkv_BN3HS
+    delta_BHN = torch.empty_like(lse_BHN)
+    cls_partial_BHT3S = torch.empty((B, H, T, 3, S), dtype=torch.float32, device=qkv_BN3HS.device)
+    scales = math.log2(math.e) / math.sqrt(S), 1 / math.sqrt(S)
+    sizes = {"P": P, "H": H, "S": S, "BLOCK_S": max(16, triton.next_power_of_2(S))}
+    with torch.cuda.device_of(qkv_BN3HS):
+        block_q, block_k, num_warps, num_stages = _launch_parameters(LAUNCH_BACKWARD_QUERY, qkv_BN3HS, P)
+        _query_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_q),)](
+            qkv_BN3HS,
+            out_BND,
+            d_out_BND,
+            lse_BHN,
+            delta_BHN,
+            d_qkv_BN3HS,
+            cls_partial_BHT3S,
+            T,
+            *scales,
+            **sizes,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            TAIL=_tail(P, block_k),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        block_q, block_k, num_warps, num_stages = _launch_parameters(LAUNCH_BACKWARD_KEY, qkv_BN3HS, P)
+        _key_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_k),)](
+            qkv_BN3HS,
+            d_out_BND,
+            lse_BHN,
+            delta_BHN,
+            d_qkv_BN3HS,
+            cls_partial_BHT3S,
+            T,
+            *scales,
+            **sizes,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            TAIL=_tail(P, block_q),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        combine_cls_gradient(cls_partial_BHT3S, d_qkv_BN3HS)
+    return d_qkv_BN3HS
+
+
+# Opaque custom ops rather than triton_op: `wrap_triton` refuses interpreted kernels, and there is nothing
+# here for the compiler to fuse into.
+@torch.library.custom_op(
+    "miles_fast::space_attention",
+    mutates_args=(),
+    schema="(Tensor qkv_BN3HS, SymInt num_frames) -> (Tensor, Tensor)",
+)
+def _space_attention(qkv_BN3HS, num_frames):
+    return _attend_frames(qkv_BN3HS, num_frames)
+
+
+@_space_attention.register_fake
+def _(qkv_BN3HS, num_frames):
+    B, N, _, H, S = qkv_BN3HS.shape
+    return qkv_BN3HS.new_empty((B, N, H * S)), qkv_BN3HS.new_empty((B, H, N), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "miles_fast::space_attention_backward",
+    mutates_args=(),
+    schema="(Tensor d_out_BND, Tensor qkv_BN3HS, Tensor out_BND, Tensor lse_BHN, SymInt num_frames) -> Tensor",
+)
+def _space_attention_backward(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames):
+    return _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames)
+
+
+@_space_attention_backward.register_fake
+def _(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames):
+    return qkv_BN3HS.new_empty(qkv_BN3HS.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    qkv_BN3HS, ctx.num_frames = inputs
+    ctx.save_for_backward(qkv_BN3HS, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, d_out_BND, _d_lse):
+    return _space_attention_backward(d_out_BND, *ctx.saved_tensors, ctx.num_frames), None
+
+
+_space_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def space_attention(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Attention within frames: (B, N, 3, H, S) to (B, N, H * S), with N = 1 + `num_frames` * P and gradient.
+
+    Triton for float32, bfloat16 and float16 on CUDA tensors (or under TRITON_INTERPRET=1), else the reference.
+    A qkv that is not contiguous is copied once.
+
+    Raises:
+        ValueError: qkv is not a floating-point (B, N, 3, H, S), or N is not 1 + a multiple of the frames.
+    """
+    check_packed_qkv(qkv_BN3HS, num_frames)
+    if runs_triton(qkv_BN3HS):
+        return _space_attention(qkv_BN3HS, num_frames)[0]
+    return divided_attention_reference(qkv_BN3HS, num_frames, "space")
