@@ -29,7 +29,7 @@ import math
 import torch
 
 from miles_fast.kernels.cls_row import combine_cls_gradient, combine_cls_output
-from miles_fast.kernels.dispatch import jit, runs_triton, tl, triton
+from miles_fast.kernels.dispatch import INTERPRETED, jit, runs_triton, tl, triton
 from miles_fast.kernels.divided_attention import check_packed_qkv, divided_attention_reference
 
 # (P, S), each rounded up to a power of two -> (query rows, key rows, warps per program, pipeline stages), for
@@ -38,6 +38,9 @@ from miles_fast.kernels.divided_attention import check_packed_qkv, divided_atten
 LAUNCH_FORWARD = {(256, 64): (64, 64, 4, 2)}
 LAUNCH_BACKWARD_QUERY = {(256, 64): (64, 64, 4, 2)}
 LAUNCH_BACKWARD_KEY = {(256, 64): (64, 64, 4, 2)}
+
+# The interpreter keeps a bfloat16 as its bits, and its tl.dot multiplies the bits.
+_WIDENS = tl and tl.constexpr(INTERPRETED)
 
 
 @jit
@@ -65,15 +68,22 @@ def _rows(
 
 
 @jit
+def _product(a, b, total):
+    if _WIDENS:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@jit
 def _attend(q, k, v, allowed, row_max, row_sum, out, scale, MASKED: tl.constexpr):
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = _product(q, tl.trans(k), None)
     if MASKED:
         scores = tl.where(allowed, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - new_max[:, None])
     shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(weights, axis=1)
-    out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+    out = _product(weights.to(v.dtype), v, out * shrink[:, None])
     return new_max, row_sum, out
 
 
@@ -137,11 +147,11 @@ def _attend_kernel(
 
 @jit
 def _query_gradient(q, k, v, d_out, lse, delta, allowed, d_q, scale, MASKED: tl.constexpr):
-    weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+    weights = tl.exp2(_product(q, tl.trans(k), None) * scale - lse[:, None])
     if MASKED:
         weights = tl.where(allowed, weights, 0.0)
-    d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision="ieee") - delta[:, None])
-    return tl.dot(d_scores.to(k.dtype), k, d_q, input_precision="ieee")
+    d_scores = weights * (_product(d_out, tl.trans(v), None) - delta[:, None])
+    return _product(d_scores.to(k.dtype), k, d_q)
 
 
 @jit
@@ -206,12 +216,12 @@ def _query_gradient_kernel(
 
 @jit
 def _key_gradient(q, k, v, d_out, lse, delta, allowed, d_k, d_v, scale, MASKED: tl.constexpr):
-    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+    weights = tl.exp2(_product(k, tl.trans(q), None) * scale - lse[None, :])
     if MASKED:
         weights = tl.where(allowed, weights, 0.0)
-    d_v = tl.dot(weights.to(d_out.dtype), d_out, d_v, input_precision="ieee")
-    d_scores = weights * (tl.dot(v, tl.trans(d_out), input_precision="ieee") - delta[None, :])
-    d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision="ieee")
+    d_v = _product(weights.to(d_out.dtype), d_out, d_v)
+    d_scores = weights * (_product(v, tl.trans(d_out), None) - delta[None, :])
+    d_k = _product(d_scores.to(q.dtype), q, d_k)
     return d_k, d_v
 
 
