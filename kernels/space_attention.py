@@ -1,23 +1,24 @@
 """space_attention: divided attention along space, straight from the packed qkv.
 
-    out[b, n, h] = sum_j W_nj v[b, j, h],   W_nj = 2^(s_nj - lse_n),   s_nj = q[b, n, h] . k[b, j, h] log2(e) / sqrt(S)
+    out[b, n, h] = sum_j W_nj v[b, j, h],    W_nj = 2^(s_nj - lse_n),
+    s_nj = q[b, n, h] . k[b, j, h] * log2(e) / sqrt(S)
 
-A patch query n attends to the P patches j of its own frame and to CLS, the CLS query to all N = 1 + T P tokens.
-qkv (B, N, 3, H, S) is read where it lies, out (B, N, H * S) is written whole, and backward writes one packed
-d_qkv: nothing is rearranged, concatenated or transposed in memory.
+A patch query n attends to the P patches j of its own frame and to CLS, the CLS query to all N = 1 + T P
+tokens. qkv (B, N, 3, H, S) is read where it lies, out (B, N, H * S) is written whole, and backward writes one
+packed d_qkv: nothing is rearranged, concatenated or transposed in memory.
 
-A frame is P + 1 rows: its patches, then CLS, whose address is another one. The CLS key is then one more column
-of a tile and the CLS query one more row, of which each frame yields a part; kernels/cls_row.py adds the parts.
-The pair (CLS, CLS) counts in frame 0.
+A frame is P + 1 rows: its patches, then CLS, whose address is another one. The CLS key is then one more
+column of a tile, and the CLS query one more row, of which each frame yields a part; kernels/cls_row.py adds
+the parts. The pair (CLS, CLS) counts in frame 0.
 
 Forward saves lse (B, H, N) float32. Backward:
 
-    delta_n = sum_S d_out[n] out[n]      dX_nj = W_nj (d_out[n] . v[j] - delta_n)
-    d_q[n] = sum_j dX_nj k[j] / sqrt(S)  d_k[j] = sum_n dX_nj q[n] / sqrt(S)  d_v[j] = sum_n W_nj d_out[n]
+    delta_n = sum_S d_out[n] out[n]        dX_nj = W_nj (d_out[n] . v[j] - delta_n)
+    d_q[n] = sum_j dX_nj k[j] / sqrt(S)    d_k[j] = sum_n dX_nj q[n] / sqrt(S)    d_v[j] = sum_n W_nj d_out[n]
 
 in two kernels: programs of the first own queries (d_q, and delta for the second), programs of the second own
-keys (d_k, d_v). Seven products instead of five, but no d_q passes between programs. W and dX are rounded to the
-input's dtype for the products; everything else is float32.
+keys (d_k, d_v). Seven products instead of five, but no d_q passes between programs. W and dX are rounded to
+the input's dtype for the products; everything else is float32.
 
 Letters beyond the README's: P positions per frame, H heads, S head width.
 """
@@ -128,7 +129,8 @@ def _attend_kernel(
         k = _rows(k_ptr, key_token, None, False, ROW, S, BLOCK_S)
         v = _rows(v_ptr, key_token, None, False, ROW, S, BLOCK_S)
         row_max, row_sum, out = _attend(q, k, v, None, row_max, row_sum, out, scale, False)
-    # The tail comes last: it may hold nothing but a forbidden pair (CLS, CLS), and the maximum is finite by then.
+    # The tail comes last: it may hold nothing but the forbidden pair (CLS, CLS), and by then the maximum is
+    # finite.
     allowed = (tail <= P)[None, :] & ((query < P)[:, None] | (tail < P)[None, :] | (frame == 0))
     row_max, row_sum, out = _attend(q, k_tail, v_tail, allowed, row_max, row_sum, out, scale, True)
 
@@ -291,13 +293,12 @@ def _key_gradient_kernel(
 
 def _launch_parameters(table: dict, qkv_BN3HS: torch.Tensor, P: int) -> tuple[int, int, int, int]:
     S = qkv_BN3HS.shape[-1]
-    wide = qkv_BN3HS.dtype == torch.float32
+    if qkv_BN3HS.dtype == torch.float32:
+        # No tensor cores: the operands of a product lie in registers, and tiles below 32 rows spill.
+        return 32, 32, 8 if S > 64 else 4, 2
     measured = table.get((triton.next_power_of_2(P), triton.next_power_of_2(S)))
-    if measured and not wide:
-        return measured
-    # Without tensor cores both tiles of a product lie in registers.
-    rows = min(32 if wide else 64, max(16, triton.next_power_of_2(P + 1)))
-    return rows, rows, 8 if S > 64 else 4, 2
+    rows = max(16, min(64, triton.next_power_of_2(P + 1)))
+    return measured or (rows, rows, 8 if S > 64 else 4, 2)
 
 
 def _tail(P: int, block: int) -> int:
@@ -411,7 +412,8 @@ def _(qkv_BN3HS, num_frames):
 @torch.library.custom_op(
     "miles_fast::space_attention_backward",
     mutates_args=(),
-    schema="(Tensor d_out_BND, Tensor qkv_BN3HS, Tensor out_BND, Tensor lse_BHN, SymInt num_frames) -> Tensor",
+    schema="(Tensor d_out_BND, Tensor qkv_BN3HS, Tensor out_BND, Tensor lse_BHN, SymInt num_frames)"
+    " -> Tensor",
 )
 def _space_attention_backward(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames):
     return _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames)
@@ -438,8 +440,8 @@ _space_attention.register_autograd(_backward, setup_context=_save_for_backward)
 def space_attention(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:
     """Attention within frames: (B, N, 3, H, S) to (B, N, H * S), with N = 1 + `num_frames` * P and gradient.
 
-    Triton for float32, bfloat16 and float16 on CUDA tensors (or under TRITON_INTERPRET=1), else the reference.
-    A qkv that is not contiguous is copied once.
+    Triton for float32, bfloat16 and float16 on CUDA tensors (or under TRITON_INTERPRET=1), else the
+    reference. A qkv that is not contiguous is copied once.
 
     Raises:
         ValueError: qkv is not a floating-point (B, N, 3, H, S), or N is not 1 + a multiple of the frames.

@@ -15,7 +15,13 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from miles_fast.kernels import feature_regression, token_gather, token_index  # noqa: E402
+from miles_fast.kernels import (  # noqa: E402
+    cls_row,
+    feature_regression,
+    space_attention,
+    token_gather,
+    token_index,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WIDTH, BLOCK_WIDTH = 768, 1024
@@ -28,7 +34,9 @@ class Compilation:
     constants: dict
     num_warps: int
     max_registers: int
+    num_stages: int = 3
     vector_accesses: bool = True
+    tensor_cores: bool = False
 
 
 def _compilations():
@@ -114,6 +122,67 @@ def _compilations():
                 max_registers=64,
             ),
         )
+    yield from _space_attention_compilations()
+
+
+def _space_attention_compilations():
+    P, H, S, half, full = 196, 12, 64, "*bf16", "*fp32"
+    for name, table, pointers, max_registers in (
+        ("attend", space_attention.LAUNCH_FORWARD, {"out_ptr": half}, 128),
+        (
+            "query_gradient",
+            space_attention.LAUNCH_BACKWARD_QUERY,
+            {"out_ptr": half, "d_out_ptr": half, "d_qkv_ptr": half},
+            128,
+        ),
+        ("key_gradient", space_attention.LAUNCH_BACKWARD_KEY, {"d_out_ptr": half, "d_qkv_ptr": half}, 255),
+    ):
+        block_q, block_k, num_warps, num_stages = table[256, S]
+        kernel = getattr(space_attention, f"_{name}_kernel")
+        floats = (arg for arg in kernel.arg_names if arg.startswith(("lse", "delta", "cls")))
+        yield (
+            f"space-{name}",
+            Compilation(
+                kernel=kernel,
+                pointers={"qkv_ptr": half, **pointers, **dict.fromkeys(floats, full)},
+                constants={
+                    "P": P,
+                    "H": H,
+                    "S": S,
+                    "BLOCK_Q": block_q,
+                    "BLOCK_K": block_k,
+                    "TAIL": space_attention._tail(P, block_q if name == "key_gradient" else block_k),
+                    "BLOCK_S": S,
+                },
+                num_warps=num_warps,
+                max_registers=max_registers,
+                num_stages=num_stages,
+                tensor_cores=True,
+            ),
+        )
+    for name, pointers in (
+        (
+            "output",
+            {
+                "chunk_max_ptr": full,
+                "chunk_sum_ptr": full,
+                "chunk_value_ptr": full,
+                "out_ptr": half,
+                "lse_ptr": full,
+            },
+        ),
+        ("gradient", {"partial_ptr": full, "d_qkv_ptr": half}),
+    ):
+        yield (
+            f"combine-{name}",
+            Compilation(
+                kernel=getattr(cls_row, f"_combine_{name}_kernel"),
+                pointers=pointers,
+                constants={"CHUNKS": cls_row._CHUNKS_PER_STEP, "BLOCK_S": S},
+                num_warps=4,
+                max_registers=64,
+            ),
+        )
 
 
 COMPILATIONS = dict(_compilations())
@@ -130,14 +199,15 @@ def _compile(compilation):
         if name in compilation.constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = compilation.pointers.get(name, "fp32" if name == "weight" else "i32")
+        real = name in ("weight", "scale", "d_scale")
+        signature[name] = compilation.pointers.get(name, "fp32" if real else "i32")
         by_sixteen = (
-            name in compilation.pointers or name == "D" or name.endswith(("stride_clip", "stride_row"))
+            name in compilation.pointers or name in ("D", "S") or name.endswith(("stride_clip", "stride_row"))
         )
         if by_sixteen or name in ("stride_clip", "stride_row"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=compilation.constants, attrs=attributes)
-    options = {"num_warps": compilation.num_warps}
+    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -157,6 +227,8 @@ def test_compiles_for_hopper(name, compiled_folder):
     assert re.search(r"^\.target sm_90a", ptx, flags=re.MULTILINE)
     if compilation.vector_accesses:
         assert re.search(r"ld\.global\.[\w.:]*v4\.b32", ptx), "no 16-byte loads"
+    if compilation.tensor_cores:
+        assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx, "not all products are wgmma"
     command = [CUOBJDUMP, "-res-usage", compiled_folder / f"{name}.cubin"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (
@@ -169,7 +241,7 @@ def test_compiles_for_hopper(name, compiled_folder):
 def test_every_kernel_is_compiled():
     written = {
         name
-        for module in (token_gather, token_index, feature_regression)
+        for module in (token_gather, token_index, feature_regression, space_attention, cls_row)
         for name, value in vars(module).items()
         if name.endswith("_kernel") and hasattr(value, "fn")
     }
