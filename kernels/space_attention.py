@@ -45,12 +45,13 @@ _WIDENS = tl and tl.constexpr(INTERPRETED)
 
 
 @jit
-def _place(T, P: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+def _place(num_tokens, P: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
     # Programs of one frame and head are neighbours, then its heads: they meet in L2.
     pid = tl.program_id(0)
-    blocks = (P + 1 + BLOCK - 1) // BLOCK
+    blocks = (P + BLOCK) // BLOCK
     first_row = pid % blocks * BLOCK
     pid = pid // blocks
+    T = (num_tokens - 1) // P
     return (pid // H // T).to(tl.int64), (pid // H % T).to(tl.int64), pid % H, first_row
 
 
@@ -96,7 +97,7 @@ def _attend_kernel(
     cls_max_ptr,
     cls_sum_ptr,
     cls_value_ptr,
-    T,
+    num_tokens,
     scale,
     P: tl.constexpr,
     H: tl.constexpr,
@@ -106,11 +107,11 @@ def _attend_kernel(
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    clip, frame, head, first_query = _place(T, P, H, BLOCK_Q)
+    clip, frame, head, first_query = _place(num_tokens, P, H, BLOCK_Q)
     D: tl.constexpr = H * S
     ROW: tl.constexpr = 3 * D
     FULL: tl.constexpr = P // BLOCK_K * BLOCK_K
-    first_token, num_tokens = 1 + frame * P, 1 + T.to(tl.int64) * P
+    first_token, T = 1 + frame * P, (num_tokens - 1) // P
     q_ptr = qkv_ptr + clip * num_tokens * ROW + head * S
     k_ptr, v_ptr = q_ptr + D, q_ptr + 2 * D
 
@@ -165,7 +166,7 @@ def _query_gradient_kernel(
     delta_ptr,
     d_qkv_ptr,
     cls_partial_ptr,
-    T,
+    num_tokens,
     scale,
     d_scale,
     P: tl.constexpr,
@@ -176,11 +177,11 @@ def _query_gradient_kernel(
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    clip, frame, head, first_query = _place(T, P, H, BLOCK_Q)
+    clip, frame, head, first_query = _place(num_tokens, P, H, BLOCK_Q)
     D: tl.constexpr = H * S
     ROW: tl.constexpr = 3 * D
     FULL: tl.constexpr = P // BLOCK_K * BLOCK_K
-    first_token, num_tokens = 1 + frame * P, 1 + T.to(tl.int64) * P
+    first_token, T = 1 + frame * P, (num_tokens - 1) // P
     q_ptr = qkv_ptr + clip * num_tokens * ROW + head * S
     k_ptr, v_ptr = q_ptr + D, q_ptr + 2 * D
     out_offset = clip * num_tokens * D + head * S
@@ -235,7 +236,7 @@ def _key_gradient_kernel(
     delta_ptr,
     d_qkv_ptr,
     cls_partial_ptr,
-    T,
+    num_tokens,
     scale,
     d_scale,
     P: tl.constexpr,
@@ -246,11 +247,11 @@ def _key_gradient_kernel(
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    clip, frame, head, first_key = _place(T, P, H, BLOCK_K)
+    clip, frame, head, first_key = _place(num_tokens, P, H, BLOCK_K)
     D: tl.constexpr = H * S
     ROW: tl.constexpr = 3 * D
     FULL: tl.constexpr = P // BLOCK_Q * BLOCK_Q
-    first_token, num_tokens = 1 + frame * P, 1 + T.to(tl.int64) * P
+    first_token, T = 1 + frame * P, (num_tokens - 1) // P
     q_ptr = qkv_ptr + clip * num_tokens * ROW + head * S
     k_ptr, v_ptr = q_ptr + D, q_ptr + 2 * D
     d_out_ptr += clip * num_tokens * D + head * S
@@ -325,7 +326,7 @@ def _attend_frames(qkv_BN3HS: torch.Tensor, T: int) -> tuple[torch.Tensor, torch
             cls_max_BHT,
             cls_sum_BHT,
             cls_value_BHTS,
-            T,
+            N,
             math.log2(math.e) / math.sqrt(S),
             P=P,
             H=H,
@@ -362,7 +363,7 @@ def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> tor
             delta_BHN,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
-            T,
+            N,
             *scales,
             **sizes,
             BLOCK_Q=block_q,
@@ -379,7 +380,7 @@ def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> tor
             delta_BHN,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
-            T,
+            N,
             *scales,
             **sizes,
             BLOCK_Q=block_q,
