@@ -265,8 +265,6 @@ def _key_gradient_kernel(
     v = _rows(v_ptr, key_token, key <= P, True, ROW, S, BLOCK_S)
     q_tail = _rows(q_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
     d_out_tail = _rows(d_out_ptr, tail_token, tail <= P, True, D, S, BLOCK_S)
-    lse_tail = tl.load(lse_ptr + tail_token, mask=tail <= P, other=float("inf"))
-    delta_tail = tl.load(delta_ptr + tail_token, mask=tail <= P, other=0.0)
 
     d_k = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
     d_v = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
@@ -276,6 +274,8 @@ def _key_gradient_kernel(
         d_out = _rows(d_out_ptr, query_token, None, False, D, S, BLOCK_S)
         lse, delta = tl.load(lse_ptr + query_token), tl.load(delta_ptr + query_token)
         d_k, d_v = _key_gradient(q, k, v, d_out, lse, delta, None, d_k, d_v, scale, False)
+    lse_tail = tl.load(lse_ptr + tail_token, mask=tail <= P, other=float("inf"))
+    delta_tail = tl.load(delta_ptr + tail_token, mask=tail <= P, other=0.0)
     allowed = (tail < P)[None, :] | (key < P)[:, None] | (frame == 0)
     d_k, d_v = _key_gradient(q_tail, k, v, d_out_tail, lse_tail, delta_tail, allowed, d_k, d_v, scale, True)
     d_k *= d_scale
