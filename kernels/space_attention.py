@@ -33,12 +33,15 @@ from miles_fast.kernels.cls_row import combine_cls_gradient, combine_cls_output
 from miles_fast.kernels.dispatch import INTERPRETED, jit, runs_triton, tl, triton
 from miles_fast.kernels.divided_attention import check_packed_qkv, divided_attention_reference
 
-# (P, S), each rounded up to a power of two -> (query rows, key rows, warps per program, pipeline stages), for
-# 16-bit numbers. Not yet measured: reasoned from registers and shared memory. Four warps and 64 rows are one
-# wgmma tile; 197 rows are three tiles of 64 and a tail of 16 in the inner loop.
-LAUNCH_FORWARD = {(256, 64): (64, 64, 4, 2)}
-LAUNCH_BACKWARD_QUERY = {(256, 64): (64, 64, 4, 2)}
-LAUNCH_BACKWARD_KEY = {(256, 64): (64, 64, 4, 2)}
+# (P + 1, S), each rounded up to a power of two -> (query rows, key rows, warps per program, pipeline stages,
+# most registers per thread or None), for 16-bit numbers; read at every call. Not yet measured: reasoned from
+# registers and bytes. 64 rows on 4 warps are one wgmma tile. Each program reads the frame's other side again,
+# so 128 rows of its own halve what L2 has to give (forward 0.75 to 0.42 GB at the trainer's shape), and 8
+# warps in 128 registers leave room for two programs on an SM. The other side comes 64 rows at a time, 32 for
+# d_k and d_v, whose two sums take half the registers: 197 rows are 3 x 64 or 6 x 32 and a tail of 16.
+LAUNCH_FORWARD = {(256, 64): (128, 64, 8, 2, None)}
+LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 64, 8, 2, None)}
+LAUNCH_BACKWARD_KEY = {(256, 64): (32, 128, 8, 2, 128)}
 
 # The interpreter keeps a bfloat16 as its bits, and its tl.dot multiplies the bits.
 _WIDENS = tl and tl.constexpr(INTERPRETED)
@@ -106,6 +109,7 @@ def _attend_kernel(
     BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     clip, frame, head, first_query = _place(num_tokens, P, H, BLOCK_Q)
     D: tl.constexpr = H * S
@@ -125,10 +129,10 @@ def _attend_kernel(
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
-    for first_key in range(0, FULL, BLOCK_K):
-        key_token = first_token + first_key + tl.arange(0, BLOCK_K)
-        k = _rows(k_ptr, key_token, None, False, ROW, S, BLOCK_S)
-        v = _rows(v_ptr, key_token, None, False, ROW, S, BLOCK_S)
+    for first_key in tl.range(0, FULL, BLOCK_K, num_stages=STAGES):
+        first, key = (first_token + first_key) * ROW, tl.arange(0, BLOCK_K)
+        k = _rows(k_ptr + first, key, None, False, ROW, S, BLOCK_S)
+        v = _rows(v_ptr + first, key, None, False, ROW, S, BLOCK_S)
         row_max, row_sum, out = _attend(q, k, v, None, row_max, row_sum, out, scale, False)
     # The tail comes last: it may hold nothing but the forbidden pair (CLS, CLS), and by then the maximum is
     # finite.
@@ -136,7 +140,8 @@ def _attend_kernel(
     row_max, row_sum, out = _attend(q, k_tail, v_tail, allowed, row_max, row_sum, out, scale, True)
 
     column = tl.arange(0, BLOCK_S)
-    out_ptrs = out_ptr + (clip * num_tokens + query_token)[:, None] * D + head * S + column[None, :]
+    out_ptr += (clip * num_tokens + first_token + first_query) * D + head * S
+    out_ptrs = out_ptr + tl.arange(0, BLOCK_Q)[:, None] * D + column[None, :]
     tl.store(out_ptrs, out / row_sum[:, None], mask=(query < P)[:, None] & (column < S)[None, :])
     lse_ptrs = lse_ptr + (clip * H + head) * num_tokens + query_token
     tl.store(lse_ptrs, row_max + tl.log2(row_sum), mask=query < P)
@@ -163,7 +168,7 @@ def _query_gradient_kernel(
     out_ptr,
     d_out_ptr,
     lse_ptr,
-    delta_ptr,
+    row_starts_ptr,
     d_qkv_ptr,
     cls_partial_ptr,
     num_tokens,
@@ -176,6 +181,7 @@ def _query_gradient_kernel(
     BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     clip, frame, head, first_query = _place(num_tokens, P, H, BLOCK_Q)
     D: tl.constexpr = H * S
@@ -197,20 +203,22 @@ def _query_gradient_kernel(
     row = (clip * H + head) * num_tokens + query_token
     lse = tl.load(lse_ptr + row, mask=query <= P, other=float("inf"))
     delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), axis=1)
-    # All frames store the same delta of CLS.
-    tl.store(delta_ptr + row, delta, mask=query <= P)
+    # What the sums over S of the key's kernel start from. All frames store the same numbers for CLS.
+    tl.store(row_starts_ptr + row * 2, -lse / scale, mask=query <= P)
+    tl.store(row_starts_ptr + row * 2 + 1, -delta, mask=query <= P)
 
     d_q = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
-    for first_key in range(0, FULL, BLOCK_K):
-        key_token = first_token + first_key + tl.arange(0, BLOCK_K)
-        k = _rows(k_ptr, key_token, None, False, ROW, S, BLOCK_S)
-        v = _rows(v_ptr, key_token, None, False, ROW, S, BLOCK_S)
+    for first_key in tl.range(0, FULL, BLOCK_K, num_stages=STAGES):
+        first, key = (first_token + first_key) * ROW, tl.arange(0, BLOCK_K)
+        k = _rows(k_ptr + first, key, None, False, ROW, S, BLOCK_S)
+        v = _rows(v_ptr + first, key, None, False, ROW, S, BLOCK_S)
         d_q = _query_gradient(q, k, v, d_out, lse, delta, None, d_q, scale, False)
     allowed = (tail <= P)[None, :] & ((query < P)[:, None] | (tail < P)[None, :] | (frame == 0))
     d_q = _query_gradient(q, k_tail, v_tail, d_out, lse, delta, allowed, d_q, scale, True) * d_scale
 
     column = tl.arange(0, BLOCK_S)
-    d_q_ptrs = d_qkv_ptr + (clip * num_tokens + query_token)[:, None] * ROW + head * S + column[None, :]
+    d_q_ptr = d_qkv_ptr + (clip * num_tokens + first_token + first_query) * ROW + head * S
+    d_q_ptrs = d_q_ptr + tl.arange(0, BLOCK_Q)[:, None] * ROW + column[None, :]
     tl.store(d_q_ptrs, d_q, mask=(query < P)[:, None] & (column < S)[None, :])
     if first_query + BLOCK_Q > P:
         share_ptrs = cls_partial_ptr + ((clip * H + head) * T + frame) * 3 * S + column
@@ -218,12 +226,21 @@ def _query_gradient_kernel(
 
 
 @jit
-def _key_gradient(q, k, v, d_out, lse, delta, allowed, d_k, d_v, scale, MASKED: tl.constexpr):
-    weights = tl.exp2(_product(k, tl.trans(q), None) * scale - lse[None, :])
+def _row_starts(row_starts_ptr, token):
+    # One load for the pair: of a vector alone, every thread that needs a number would copy it (triton 3.6).
+    return tl.split(tl.load(row_starts_ptr + token[:, None] * 2 + tl.arange(0, 2)[None, :]))
+
+
+@jit
+def _key_gradient(q, k, v, d_out, start, d_start, allowed, d_k, d_v, scale, MASKED: tl.constexpr):
+    # Both products start from what would be subtracted of their columns, which then needs no registers.
+    tile: tl.constexpr = [k.shape[0], q.shape[0]]
+    scores = _product(k, tl.trans(q), tl.broadcast_to(start[None, :], tile))
+    weights = tl.exp2(scores * scale)
     if MASKED:
         weights = tl.where(allowed, weights, 0.0)
     d_v = _product(weights.to(d_out.dtype), d_out, d_v)
-    d_scores = weights * (_product(v, tl.trans(d_out), None) - delta[None, :])
+    d_scores = weights * _product(v, tl.trans(d_out), tl.broadcast_to(d_start[None, :], tile))
     d_k = _product(d_scores.to(q.dtype), q, d_k)
     return d_k, d_v
 
@@ -232,8 +249,7 @@ def _key_gradient(q, k, v, d_out, lse, delta, allowed, d_k, d_v, scale, MASKED: 
 def _key_gradient_kernel(
     qkv_ptr,
     d_out_ptr,
-    lse_ptr,
-    delta_ptr,
+    row_starts_ptr,
     d_qkv_ptr,
     cls_partial_ptr,
     num_tokens,
@@ -246,6 +262,7 @@ def _key_gradient_kernel(
     BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     clip, frame, head, first_key = _place(num_tokens, P, H, BLOCK_K)
     D: tl.constexpr = H * S
@@ -255,8 +272,7 @@ def _key_gradient_kernel(
     q_ptr = qkv_ptr + clip * num_tokens * ROW + head * S
     k_ptr, v_ptr = q_ptr + D, q_ptr + 2 * D
     d_out_ptr += clip * num_tokens * D + head * S
-    lse_ptr += (clip * H + head) * num_tokens
-    delta_ptr += (clip * H + head) * num_tokens
+    row_starts_ptr += (clip * H + head) * num_tokens * 2
 
     key, tail = first_key + tl.arange(0, BLOCK_K), FULL + tl.arange(0, TAIL)
     key_token = tl.where(key < P, first_token + key, 0)
@@ -268,21 +284,21 @@ def _key_gradient_kernel(
 
     d_k = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
     d_v = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
-    for first_query in range(0, FULL, BLOCK_Q):
-        query_token = first_token + first_query + tl.arange(0, BLOCK_Q)
-        q = _rows(q_ptr, query_token, None, False, ROW, S, BLOCK_S)
-        d_out = _rows(d_out_ptr, query_token, None, False, D, S, BLOCK_S)
-        lse, delta = tl.load(lse_ptr + query_token), tl.load(delta_ptr + query_token)
-        d_k, d_v = _key_gradient(q, k, v, d_out, lse, delta, None, d_k, d_v, scale, False)
-    lse_tail = tl.load(lse_ptr + tail_token, mask=tail <= P, other=float("inf"))
-    delta_tail = tl.load(delta_ptr + tail_token, mask=tail <= P, other=0.0)
-    allowed = (tail < P)[None, :] | (key < P)[:, None] | (frame == 0)
-    d_k, d_v = _key_gradient(q_tail, k, v, d_out_tail, lse_tail, delta_tail, allowed, d_k, d_v, scale, True)
+    for first_query in tl.range(0, FULL, BLOCK_Q, num_stages=STAGES):
+        first, query = first_token + first_query, tl.arange(0, BLOCK_Q)
+        q = _rows(q_ptr + first * ROW, query, None, False, ROW, S, BLOCK_S)
+        d_out = _rows(d_out_ptr + first * D, query, None, False, D, S, BLOCK_S)
+        start, d_start = _row_starts(row_starts_ptr + first * 2, query)
+        d_k, d_v = _key_gradient(q, k, v, d_out, start, d_start, None, d_k, d_v, scale, False)
+    start, d_start = _row_starts(row_starts_ptr, tail_token)
+    allowed = (tail <= P)[None, :] & ((tail < P)[None, :] | (key < P)[:, None] | (frame == 0))
+    d_k, d_v = _key_gradient(q_tail, k, v, d_out_tail, start, d_start, allowed, d_k, d_v, scale, True)
     d_k *= d_scale
 
     column = tl.arange(0, BLOCK_S)
     inside = (key < P)[:, None] & (column < S)[None, :]
-    d_k_ptrs = d_qkv_ptr + (clip * num_tokens + key_token)[:, None] * ROW + D + head * S + column[None, :]
+    d_k_ptr = d_qkv_ptr + (clip * num_tokens + first_token + first_key) * ROW + D + head * S
+    d_k_ptrs = d_k_ptr + tl.arange(0, BLOCK_K)[:, None] * ROW + column[None, :]
     tl.store(d_k_ptrs, d_k, mask=inside)
     tl.store(d_k_ptrs + D, d_v, mask=inside)
     if first_key + BLOCK_K > P:
@@ -292,14 +308,14 @@ def _key_gradient_kernel(
         tl.store(share_ptrs + 2 * S, tl.sum(tl.where(cls, d_v, 0.0), axis=0), mask=column < S)
 
 
-def _launch_parameters(table: dict, qkv_BN3HS: torch.Tensor, P: int) -> tuple[int, int, int, int]:
+def _launch_parameters(table: dict, qkv_BN3HS: torch.Tensor, P: int) -> tuple:
     S = qkv_BN3HS.shape[-1]
     if qkv_BN3HS.dtype == torch.float32:
         # No tensor cores: the operands of a product lie in registers, and tiles below 32 rows spill.
-        return 32, 32, 8 if S > 64 else 4, 2
-    measured = table.get((triton.next_power_of_2(P), triton.next_power_of_2(S)))
+        return 32, 32, 8 if S > 64 else 4, 2, None
+    measured = table.get((triton.next_power_of_2(P + 1), triton.next_power_of_2(S)))
     rows = max(16, min(64, triton.next_power_of_2(P + 1)))
-    return measured or (rows, rows, 8 if S > 64 else 4, 2)
+    return measured or (rows, rows, 8 if S > 64 else 4, 2, None)
 
 
 def _tail(P: int, block: int) -> int:
@@ -317,7 +333,7 @@ def _attend_frames(qkv_BN3HS: torch.Tensor, T: int) -> tuple[torch.Tensor, torch
         return out_BND, lse_BHN
     cls_max_BHT, cls_sum_BHT = torch.empty((2, B, H, T), dtype=torch.float32, device=qkv_BN3HS.device)
     cls_value_BHTS = torch.empty((B, H, T, S), dtype=torch.float32, device=qkv_BN3HS.device)
-    block_q, block_k, num_warps, num_stages = _launch_parameters(LAUNCH_FORWARD, qkv_BN3HS, P)
+    block_q, block_k, num_warps, stages, maxnreg = _launch_parameters(LAUNCH_FORWARD, qkv_BN3HS, P)
     with torch.cuda.device_of(qkv_BN3HS):
         _attend_kernel[(B * T * H * triton.cdiv(P + 1, block_q),)](
             qkv_BN3HS,
@@ -335,8 +351,9 @@ def _attend_frames(qkv_BN3HS: torch.Tensor, T: int) -> tuple[torch.Tensor, torch
             BLOCK_K=block_k,
             TAIL=_tail(P, block_k),
             BLOCK_S=max(16, triton.next_power_of_2(S)),
+            STAGES=stages,
             num_warps=num_warps,
-            num_stages=num_stages,
+            maxnreg=maxnreg,
         )
         combine_cls_output(cls_max_BHT, cls_sum_BHT, cls_value_BHTS, out_BND, lse_BHN[:, :, 0])
     return out_BND, lse_BHN
@@ -349,18 +366,18 @@ def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> tor
     d_qkv_BN3HS = torch.empty_like(qkv_BN3HS)
     if d_qkv_BN3HS.numel() == 0:
         return d_qkv_BN3HS
-    delta_BHN = torch.empty_like(lse_BHN)
+    row_starts_BHN2 = torch.empty((B, H, N, 2), dtype=torch.float32, device=qkv_BN3HS.device)
     cls_partial_BHT3S = torch.empty((B, H, T, 3, S), dtype=torch.float32, device=qkv_BN3HS.device)
     scales = math.log2(math.e) / math.sqrt(S), 1 / math.sqrt(S)
     sizes = {"P": P, "H": H, "S": S, "BLOCK_S": max(16, triton.next_power_of_2(S))}
     with torch.cuda.device_of(qkv_BN3HS):
-        block_q, block_k, num_warps, num_stages = _launch_parameters(LAUNCH_BACKWARD_QUERY, qkv_BN3HS, P)
+        block_q, block_k, num_warps, stages, maxnreg = _launch_parameters(LAUNCH_BACKWARD_QUERY, qkv_BN3HS, P)
         _query_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_q),)](
             qkv_BN3HS,
             out_BND,
             d_out_BND,
             lse_BHN,
-            delta_BHN,
+            row_starts_BHN2,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
             N,
@@ -369,15 +386,15 @@ def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> tor
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             TAIL=_tail(P, block_k),
+            STAGES=stages,
             num_warps=num_warps,
-            num_stages=num_stages,
+            maxnreg=maxnreg,
         )
-        block_q, block_k, num_warps, num_stages = _launch_parameters(LAUNCH_BACKWARD_KEY, qkv_BN3HS, P)
+        block_q, block_k, num_warps, stages, maxnreg = _launch_parameters(LAUNCH_BACKWARD_KEY, qkv_BN3HS, P)
         _key_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_k),)](
             qkv_BN3HS,
             d_out_BND,
-            lse_BHN,
-            delta_BHN,
+            row_starts_BHN2,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
             N,
@@ -386,8 +403,9 @@ def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> tor
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             TAIL=_tail(P, block_q),
+            STAGES=stages,
             num_warps=num_warps,
-            num_stages=num_stages,
+            maxnreg=maxnreg,
         )
         combine_cls_gradient(cls_partial_BHT3S, d_qkv_BN3HS)
     return d_qkv_BN3HS

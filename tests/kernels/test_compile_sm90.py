@@ -34,7 +34,7 @@ class Compilation:
     constants: dict
     num_warps: int
     max_registers: int
-    num_stages: int = 3
+    maxnreg: int | None = None
     vector_accesses: bool = True
     tensor_cores: bool = False
 
@@ -127,19 +127,18 @@ def _compilations():
 
 def _space_attention_compilations():
     P, H, S, half, full = 196, 12, 64, "*bf16", "*fp32"
-    for name, table, pointers, max_registers in (
-        ("attend", space_attention.LAUNCH_FORWARD, {"out_ptr": half}, 128),
+    for name, table, pointers in (
+        ("attend", space_attention.LAUNCH_FORWARD, {"out_ptr": half}),
         (
             "query_gradient",
             space_attention.LAUNCH_BACKWARD_QUERY,
             {"out_ptr": half, "d_out_ptr": half, "d_qkv_ptr": half},
-            128,
         ),
-        ("key_gradient", space_attention.LAUNCH_BACKWARD_KEY, {"d_out_ptr": half, "d_qkv_ptr": half}, 255),
+        ("key_gradient", space_attention.LAUNCH_BACKWARD_KEY, {"d_out_ptr": half, "d_qkv_ptr": half}),
     ):
-        block_q, block_k, num_warps, num_stages = table[256, S]
+        block_q, block_k, num_warps, stages, maxnreg = table[256, S]
         kernel = getattr(space_attention, f"_{name}_kernel")
-        floats = (arg for arg in kernel.arg_names if arg.startswith(("lse", "delta", "cls")))
+        floats = (arg for arg in kernel.arg_names if arg.startswith(("lse", "row_starts", "cls")))
         yield (
             f"space-{name}",
             Compilation(
@@ -153,10 +152,11 @@ def _space_attention_compilations():
                     "BLOCK_K": block_k,
                     "TAIL": space_attention._tail(P, block_q if name == "key_gradient" else block_k),
                     "BLOCK_S": S,
+                    "STAGES": stages,
                 },
                 num_warps=num_warps,
-                max_registers=max_registers,
-                num_stages=num_stages,
+                max_registers=128,
+                maxnreg=maxnreg,
                 tensor_cores=True,
             ),
         )
@@ -207,7 +207,7 @@ def _compile(compilation):
         if by_sixteen or name in ("stride_clip", "stride_row"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=compilation.constants, attrs=attributes)
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
+    options = {"num_warps": compilation.num_warps, "maxnreg": compilation.maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
