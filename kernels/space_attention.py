@@ -39,8 +39,8 @@ from miles_fast.kernels.divided_attention import check_packed_qkv, divided_atten
 # so 128 rows of its own halve what L2 has to give (forward 0.75 to 0.42 GB at the trainer's shape), and 8
 # warps in 128 registers leave room for two programs on an SM. The other side comes 64 rows at a time, 32 for
 # d_k and d_v, whose two sums take half the registers: 197 rows are 3 x 64 or 6 x 32 and a tail of 16.
-LAUNCH_FORWARD = {(256, 64): (128, 64, 8, 2, None)}
-LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 64, 8, 2, None)}
+LAUNCH_FORWARD = {(256, 64): (128, 64, 8, 3, None)}
+LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 64, 8, 3, None)}
 LAUNCH_BACKWARD_KEY = {(256, 64): (32, 128, 8, 2, 128)}
 
 # The interpreter keeps a bfloat16 as its bits, and its tl.dot multiplies the bits.
@@ -203,7 +203,7 @@ def _query_gradient_kernel(
     row = (clip * H + head) * num_tokens + query_token
     lse = tl.load(lse_ptr + row, mask=query <= P, other=float("inf"))
     delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), axis=1)
-    # What the sums over S of the key's kernel start from. All frames store the same numbers for CLS.
+    # What the products of _key_gradient start from. All frames store the same numbers for CLS.
     tl.store(row_starts_ptr + row * 2, -lse / scale, mask=query <= P)
     tl.store(row_starts_ptr + row * 2 + 1, -delta, mask=query <= P)
 
@@ -233,7 +233,7 @@ def _row_starts(row_starts_ptr, token):
 
 @jit
 def _key_gradient(q, k, v, d_out, start, d_start, allowed, d_k, d_v, scale, MASKED: tl.constexpr):
-    # Both products start from what would be subtracted of their columns, which then needs no registers.
+    # Both products start from what would be subtracted from their columns, which then holds no registers.
     tile: tl.constexpr = [k.shape[0], q.shape[0]]
     scores = _product(k, tl.trans(q), tl.broadcast_to(start[None, :], tile))
     weights = tl.exp2(scores * scale)
@@ -308,7 +308,7 @@ def _key_gradient_kernel(
         tl.store(share_ptrs + 2 * S, tl.sum(tl.where(cls, d_v, 0.0), axis=0), mask=column < S)
 
 
-def _launch_parameters(table: dict, qkv_BN3HS: torch.Tensor, P: int) -> tuple:
+def _launch_parameters(table: dict, qkv_BN3HS: torch.Tensor, P: int) -> tuple[int, int, int, int, int | None]:
     S = qkv_BN3HS.shape[-1]
     if qkv_BN3HS.dtype == torch.float32:
         # No tensor cores: the operands of a product lie in registers, and tiles below 32 rows spill.
@@ -324,6 +324,7 @@ def _tail(P: int, block: int) -> int:
 
 
 def _attend_frames(qkv_BN3HS: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # The public op has done this, but a compiler may choose strides of its own.
     qkv_BN3HS = qkv_BN3HS.contiguous()
     B, N, _, H, S = qkv_BN3HS.shape
     P = (N - 1) // T
@@ -467,5 +468,5 @@ def space_attention(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:
     """
     check_packed_qkv(qkv_BN3HS, num_frames)
     if runs_triton(qkv_BN3HS):
-        return _space_attention(qkv_BN3HS, num_frames)[0]
+        return _space_attention(qkv_BN3HS.contiguous(), num_frames)[0]
     return divided_attention_reference(qkv_BN3HS, num_frames, "space")

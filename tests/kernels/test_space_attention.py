@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from miles_fast.kernels import attention_cases, cases
+from miles_fast.kernels import attention_cases, cases, cls_row
 from miles_fast.kernels import space_attention as module
 from miles_fast.kernels.dispatch import INTERPRETED
 from miles_fast.kernels.divided_attention import divided_attention_reference
@@ -42,6 +42,13 @@ def test_any_tile_of_the_launch_tables_keeps_the_error_rule(block_q, block_k, P,
     case = attention_cases.AttentionCase(B=1, T=2, P=P, H=1, S=16, dtype=torch.float16)
     for table in (module.LAUNCH_FORWARD, module.LAUNCH_BACKWARD_QUERY, module.LAUNCH_BACKWARD_KEY):
         monkeypatch.setitem(table, (64, 16), (block_q, block_k, 4, 1, None))
+    assert cases.violations(case, space_attention, _reference, DEVICE) == []
+
+
+def test_more_frames_than_cls_row_adds_in_one_step_keep_the_error_rule():
+    case = attention_cases.AttentionCase(
+        B=1, T=cls_row._CHUNKS_PER_STEP + 2, P=1, H=1, S=16, dtype=torch.float32
+    )
     assert cases.violations(case, space_attention, _reference, DEVICE) == []
 
 
