@@ -26,7 +26,7 @@ import functools
 
 import torch
 
-from miles_fast.kernels.cls_row import combine_cls_gradients, combine_cls_output
+from miles_fast.kernels.cls_row import combine_cls_gradient, combine_cls_output
 from miles_fast.kernels.dispatch import INTERPRETED, jit, runs_triton, tl, triton
 from miles_fast.kernels.divided_attention import check_packed_qkv, divided_attention_reference
 
@@ -246,9 +246,10 @@ def _temporal_attention(qkv_BN3HS, num_frames):
     max_BHC = qkv_BN3HS.new_empty((B, H, C), dtype=torch.float32)
     sum_BHC = torch.empty_like(max_BHC)
     values_BHCS = qkv_BN3HS.new_empty((B, H, C, S), dtype=torch.float32)
+    lse_BH = qkv_BN3HS.new_empty((B, H), dtype=torch.float32)
     with torch.cuda.device_of(qkv_BN3HS):
         _attend_kernel[(B * C * H,)](qkv_BN3HS, out_BND, max_BHC, sum_BHC, values_BHCS, N, C, **constants)
-        lse_BH = combine_cls_output(max_BHC, sum_BHC, values_BHCS, out_BND)
+        combine_cls_output(max_BHC, sum_BHC, values_BHCS, out_BND, lse_BH)
     return out_BND, lse_BH
 
 
@@ -281,7 +282,7 @@ def _temporal_attention_backward(d_out_BND, qkv_BN3HS, out_BND, lse_BH, num_fram
             C,
             **constants,
         )
-        combine_cls_gradients(partial_BHC3S, d_qkv_BN3HS)
+        combine_cls_gradient(partial_BHC3S, d_qkv_BN3HS)
     return d_qkv_BN3HS
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles_fast.kernels.divided_attention import Axis, check_packed_qkv, divided_attention_reference
+from miles_fast.kernels.space_attention import space_attention
 from miles_fast.kernels.temporal_attention import temporal_attention
 
 
@@ -32,8 +33,9 @@ def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: s
         return divided_attention_reference(qkv_BN3HS, num_frames, axis)
     if backend not in ("auto", "triton", "sdpa", "flash"):
         raise ValueError(f"attention backend {backend!r}: expected auto, triton, sdpa, flash or reference")
-    if axis == "time" and (backend == "triton" or (backend == "auto" and qkv_BN3HS.is_cuda)):
-        return temporal_attention(qkv_BN3HS, num_frames)
+    if backend == "triton" or (backend == "auto" and qkv_BN3HS.is_cuda):
+        op = temporal_attention if axis == "time" else space_attention
+        return op(qkv_BN3HS, num_frames)
     attend = _flash_attend if backend == "flash" else _sdpa_attend
     cls_B1HS = attend(qkv_BN3HS[:, :1, 0], qkv_BN3HS[:, :, 1], qkv_BN3HS[:, :, 2])
     patches = (

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 from miles_fast.kernels import (  # noqa: E402
     cls_row,
     feature_regression,
+    space_attention,
     temporal_attention,
     token_gather,
     token_index,
@@ -36,7 +37,9 @@ class Compilation:
     constants: dict
     num_warps: int
     max_registers: int
+    maxnreg: int | None = None
     vector_accesses: bool = True
+    tensor_cores: bool = False
 
 
 def _compilations():
@@ -123,7 +126,7 @@ def _compilations():
             ),
         )
     yield from _temporal_attention_compilations()
-    yield from _cls_row_compilations()
+    yield from _space_attention_compilations()
 
 
 def _temporal_attention_compilations():
@@ -147,21 +150,61 @@ def _temporal_attention_compilations():
         )
 
 
-def _cls_row_compilations():
-    widths = {"H": HEADS, "S": HEAD_WIDTH, "BLOCK_S": HEAD_WIDTH, "CHUNKS": cls_row._CHUNKS_PER_LOAD}
-    floats = ("max_ptr", "sum_ptr", "values_ptr", "lse_ptr", "partial_ptr")
-    for kernel, output, constants in (
-        (cls_row._combine_cls_output_kernel, "out_ptr", {**widths, "ALL_CHUNKS": 16}),
-        (cls_row._combine_cls_gradients_kernel, "d_qkv_ptr", widths),
+def _space_attention_compilations():
+    P, H, S, half, full = 196, 12, 64, "*bf16", "*fp32"
+    for name, table, pointers in (
+        ("attend", space_attention.LAUNCH_FORWARD, {"out_ptr": half}),
+        (
+            "query_gradient",
+            space_attention.LAUNCH_BACKWARD_QUERY,
+            {"out_ptr": half, "d_out_ptr": half, "d_qkv_ptr": half},
+        ),
+        ("key_gradient", space_attention.LAUNCH_BACKWARD_KEY, {"d_out_ptr": half, "d_qkv_ptr": half}),
     ):
-        pointers = {name: "*fp32" for name in floats if name in kernel.arg_names}
+        block_q, block_k, num_warps, stages, maxnreg = table[256, S]
+        kernel = getattr(space_attention, f"_{name}_kernel")
+        floats = (arg for arg in kernel.arg_names if arg.startswith(("lse", "row_starts", "cls")))
         yield (
-            f"cls_row-{kernel.fn.__name__}",
+            f"space-{name}",
             Compilation(
                 kernel=kernel,
-                pointers={**pointers, output: "*bf16"},
-                constants=constants,
-                num_warps=cls_row._NUM_WARPS,
+                pointers={"qkv_ptr": half, **pointers, **dict.fromkeys(floats, full)},
+                constants={
+                    "P": P,
+                    "H": H,
+                    "S": S,
+                    "BLOCK_Q": block_q,
+                    "BLOCK_K": block_k,
+                    "TAIL": space_attention._tail(P, block_q if name == "key_gradient" else block_k),
+                    "BLOCK_S": S,
+                    "STAGES": stages,
+                },
+                num_warps=num_warps,
+                max_registers=128,
+                maxnreg=maxnreg,
+                tensor_cores=True,
+            ),
+        )
+    for name, pointers in (
+        (
+            "output",
+            {
+                "chunk_max_ptr": full,
+                "chunk_sum_ptr": full,
+                "chunk_value_ptr": full,
+                "out_ptr": half,
+                "lse_ptr": full,
+            },
+        ),
+        ("gradient", {"partial_ptr": full, "d_qkv_ptr": half}),
+    ):
+        yield (
+            f"combine-{name}",
+            Compilation(
+                kernel=getattr(cls_row, f"_combine_{name}_kernel"),
+                pointers=pointers,
+                constants={"CHUNKS": cls_row._CHUNKS_PER_STEP, "BLOCK_S": S},
+                num_warps=4,
                 max_registers=64,
             ),
         )
@@ -181,14 +224,15 @@ def _compile(compilation):
         if name in compilation.constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = compilation.pointers.get(name, "fp32" if name == "weight" else "i32")
+        real = name in ("weight", "scale", "d_scale")
+        signature[name] = compilation.pointers.get(name, "fp32" if real else "i32")
         by_sixteen = (
-            name in compilation.pointers or name == "D" or name.endswith(("stride_clip", "stride_row"))
+            name in compilation.pointers or name in ("D", "S") or name.endswith(("stride_clip", "stride_row"))
         )
         if by_sixteen or name in ("stride_clip", "stride_row"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=compilation.constants, attrs=attributes)
-    options = {"num_warps": compilation.num_warps}
+    options = {"num_warps": compilation.num_warps, "maxnreg": compilation.maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -208,6 +252,8 @@ def test_compiles_for_hopper(name, compiled_folder):
     assert re.search(r"^\.target sm_90a", ptx, flags=re.MULTILINE)
     if compilation.vector_accesses:
         assert re.search(r"ld\.global\.[\w.:]*v4\.b32", ptx), "no 16-byte loads"
+    if compilation.tensor_cores:
+        assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx, "not all products are wgmma"
     command = [CUOBJDUMP, "-res-usage", compiled_folder / f"{name}.cubin"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (
@@ -220,7 +266,14 @@ def test_compiles_for_hopper(name, compiled_folder):
 def test_every_kernel_is_compiled():
     written = {
         name
-        for module in (token_gather, token_index, feature_regression, temporal_attention, cls_row)
+        for module in (
+            token_gather,
+            token_index,
+            feature_regression,
+            temporal_attention,
+            space_attention,
+            cls_row,
+        )
         for name, value in vars(module).items()
         if name.endswith("_kernel") and hasattr(value, "fn")
     }

@@ -5,7 +5,7 @@ import torch
 
 from miles_fast.kernels import attention_cases, cases, temporal_attention
 from miles_fast.kernels.attention_cases import AttentionCase
-from miles_fast.kernels.cls_row import combine_cls_gradients, combine_cls_output
+from miles_fast.kernels.cls_row import combine_cls_gradient, combine_cls_output
 from miles_fast.kernels.dispatch import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,7 +111,8 @@ def test_cls_row_combines_more_chunks_than_one_load_holds():
     highest = scores.amax(-1)
     weights = torch.exp2(scores - highest[..., None])
     out = torch.zeros(B, N, H * S, device=DEVICE)
-    lse = combine_cls_output(highest, weights.sum(-1), (weights[..., None] * values).sum(-2), out)
+    lse = torch.empty(B, H, device=DEVICE)
+    combine_cls_output(highest, weights.sum(-1), (weights[..., None] * values).sum(-2), out, lse)
     torch.testing.assert_close(lse, torch.logsumexp(scores.flatten(2) * math.log(2), -1) / math.log(2))
     softmax = (scores.flatten(2) * math.log(2)).softmax(-1)
     expected = (softmax[:, :, None] @ values.flatten(2, 3)).flatten(1)
@@ -119,7 +120,7 @@ def test_cls_row_combines_more_chunks_than_one_load_holds():
     assert not out[:, 1:].any()
 
     partial, d_qkv = torch.randn(B, H, C, 3, S, device=DEVICE), torch.zeros(B, N, 3, H, S, device=DEVICE)
-    combine_cls_gradients(partial, d_qkv)
+    combine_cls_gradient(partial, d_qkv)
     torch.testing.assert_close(d_qkv[:, 0], partial.sum(2).transpose(1, 2))
     assert not d_qkv[:, 1:].any()
 
