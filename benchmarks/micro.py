@@ -28,6 +28,7 @@ from miles_fast.kernels import (
     attention_cases,
     cases,
     feature_regression,
+    space_attention,
     temporal_attention,
     token_gather,
 )
@@ -42,24 +43,33 @@ SWEEP_NUMBERS_PER_THREAD = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest:
-    """An op, what it is timed against, where, and the launch tables a sweep may vary.
+class LaunchTable:
+    """A launch table of an op's, the direction it serves, and what a sweep puts there for a case."""
 
-    `key` is a case's entry in the tables, `candidates` what a sweep puts there.
-    """
+    name: str
+    entries: dict[Any, tuple]
+    candidates: Callable[[Any], list[tuple]]
+
+    @property
+    def backward(self) -> bool:
+        """Whether the table serves the backward pass."""
+        return self.name.startswith("backward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """An op, what it is timed against, where, and its launch tables; `key` is a case's entry in them."""
 
     op: Callable
     reference: Callable
     rivals: dict[str, Callable]
     trainer_cases: tuple[cases.Case, ...]
-    forward_table: dict[Any, tuple[int, ...]]
-    backward_table: dict[Any, tuple[int, ...]]
+    tables: tuple[LaunchTable, ...]
     key: Callable[[Any], Any]
-    candidates: Callable[[Any], list[tuple[int, ...]]]
 
 
 def _block_width(case: Any) -> int:
-    return 1 << (case.D - 1).bit_length()
+    return _power_of_two(case.D)
 
 
 def _rows_and_warps(case: Any) -> list[tuple[int, ...]]:
@@ -67,8 +77,43 @@ def _rows_and_warps(case: Any) -> list[tuple[int, ...]]:
     return [(r, w) for r in SWEEP_ROWS for w in SWEEP_WARPS if r * _block_width(case) <= numbers * w]
 
 
-def _frames_and_head_width(case: Any) -> tuple[int, int]:
-    return 1 << (case.T - 1).bit_length(), 1 << (case.S - 1).bit_length()
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _both_tables(op: Any, candidates: Callable[[Any], list[tuple]]) -> tuple[LaunchTable, ...]:
+    return (
+        LaunchTable(name="forward", entries=op.LAUNCH_FORWARD, candidates=candidates),
+        LaunchTable(name="backward", entries=op.LAUNCH_BACKWARD, candidates=candidates),
+    )
+
+
+def _listed(*candidates: tuple) -> Callable[[Any], list[tuple]]:
+    return lambda case: list(candidates)
+
+
+# (query rows, key rows, warps, stages, most registers): those that compile without spills at 197 rows of 64.
+_SPACE_FORWARD = _listed(
+    (128, 64, 8, 3, None),
+    (128, 64, 8, 2, None),
+    (128, 32, 8, 3, None),
+    (64, 64, 4, 2, None),
+    (64, 64, 4, 3, None),
+    (64, 32, 4, 3, None),
+    (128, 64, 4, 3, None),
+    (64, 128, 4, 2, None),
+    (256, 64, 16, 2, None),
+)
+_SPACE_KEY = _listed(
+    (32, 128, 8, 2, 128),
+    (16, 128, 8, 2, 128),
+    (64, 64, 4, 2, None),
+    (64, 64, 4, 3, None),
+    (32, 64, 4, 2, None),
+    (32, 64, 4, 3, None),
+    (64, 128, 8, 2, None),
+    (32, 256, 16, 2, 128),
+)
 
 
 def _eager_and_compiled(reference: Callable) -> dict[str, Callable]:
@@ -90,30 +135,44 @@ CONTESTS = {
         reference=token_gather.token_gather_reference,
         rivals=_eager_and_compiled(token_gather.token_gather_reference),
         trainer_cases=cases.TOKEN_GATHER_TRAINER,
-        forward_table=token_gather.LAUNCH_FORWARD,
-        backward_table=token_gather.LAUNCH_BACKWARD,
+        tables=_both_tables(token_gather, _rows_and_warps),
         key=_block_width,
-        candidates=_rows_and_warps,
     ),
     "feature_regression": Contest(
         op=feature_regression.feature_regression,
         reference=feature_regression.feature_regression_reference,
         rivals=_eager_and_compiled(feature_regression.feature_regression_reference),
         trainer_cases=cases.FEATURE_REGRESSION_TRAINER,
-        forward_table=feature_regression.LAUNCH_FORWARD,
-        backward_table=feature_regression.LAUNCH_BACKWARD,
+        tables=_both_tables(feature_regression, _rows_and_warps),
         key=_block_width,
-        candidates=_rows_and_warps,
     ),
     "temporal_attention": Contest(
         op=temporal_attention.temporal_attention,
         reference=temporal_attention.temporal_attention_reference,
         rivals=_backends("time"),
         trainer_cases=attention_cases.TRAINER,
-        forward_table=temporal_attention.LAUNCH_FORWARD,
-        backward_table=temporal_attention.LAUNCH_BACKWARD,
-        key=_frames_and_head_width,
-        candidates=lambda case: [(32, 1), (32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8)],
+        tables=_both_tables(
+            temporal_attention, _listed((32, 1), (32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
+        ),
+        key=lambda case: (_power_of_two(case.T), _power_of_two(case.S)),
+    ),
+    "space_attention": Contest(
+        op=space_attention.space_attention,
+        reference=space_attention.space_attention_reference,
+        rivals=_backends("space"),
+        trainer_cases=attention_cases.TRAINER,
+        tables=(
+            LaunchTable(name="forward", entries=space_attention.LAUNCH_FORWARD, candidates=_SPACE_FORWARD),
+            LaunchTable(
+                name="backward query",
+                entries=space_attention.LAUNCH_BACKWARD_QUERY,
+                candidates=_SPACE_FORWARD,
+            ),
+            LaunchTable(
+                name="backward key", entries=space_attention.LAUNCH_BACKWARD_KEY, candidates=_SPACE_KEY
+            ),
+        ),
+        key=lambda case: (_power_of_two(case.P + 1), _power_of_two(case.S)),
     ),
 }
 
@@ -193,9 +252,9 @@ def time_case(name: str, contest: Contest, case: cases.Case, copy_rate: float) -
     return timings
 
 
-def sweep_table(contest: Contest, case: cases.Case, *, backward: bool) -> dict:
-    """Time every candidate of one direction at one case; the table is left as it was."""
-    table = contest.backward_table if backward else contest.forward_table
+def sweep_table(contest: Contest, case: cases.Case, launch_table: LaunchTable) -> dict:
+    """Time every candidate of a table at one case; the table is left as it was."""
+    table, backward = launch_table.entries, launch_table.backward
     inputs, key = case.inputs("cuda"), contest.key(case)
     before = table.get(key)
     output = case.call(contest.op, inputs)
@@ -208,7 +267,7 @@ def sweep_table(contest: Contest, case: cases.Case, *, backward: bool) -> dict:
 
     milliseconds = {}
     try:
-        for candidate in contest.candidates(case):
+        for candidate in launch_table.candidates(case):
             table[key] = candidate
             try:
                 milliseconds[candidate] = median_ms(measured)
@@ -220,13 +279,12 @@ def sweep_table(contest: Contest, case: cases.Case, *, backward: bool) -> dict:
         else:
             table[key] = before
     ranked = sorted(milliseconds, key=milliseconds.get)
-    direction = "backward" if backward else "forward"
-    print(f"{case.name} {direction}: {key}: {ranked[0]}, now {before}")
+    print(f"{case.name} {launch_table.name}: {key}: {ranked[0]}, now {before}")
     for candidate in ranked[:5] + ([before] if before in ranked[5:] else []):
         print(f"    {candidate}: {milliseconds[candidate]:.4f} ms")
     return {
         "case": case.name,
-        "direction": direction,
+        "table": launch_table.name,
         "key": str(key),
         "milliseconds": {str(candidate): milliseconds[candidate] for candidate in ranked},
     }
@@ -250,6 +308,7 @@ def print_table(timings: list[Timing], copy_rate: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=sorted(CONTESTS), action="append", help="only this op (repeatable)")
+    parser.add_argument("--first", action="store_true", help="only the first case of each op")
     parser.add_argument(
         "--sweep", action="store_true", help="time the launch parameters instead, once a table entry"
     )
@@ -262,7 +321,7 @@ def main() -> int:
     timings, sweeps, refused = [], [], []
     for name in options.op or CONTESTS:
         contest, swept = CONTESTS[name], set()
-        for case in contest.trainer_cases:
+        for case in contest.trainer_cases[: 1 if options.first else None]:
             broken = cases.violations(case, contest.op, contest.reference, "cuda")
             torch.cuda.empty_cache()
             if broken:
@@ -272,7 +331,7 @@ def main() -> int:
                 timings += time_case(name, contest, case, copy_rate)
             elif contest.key(case) not in swept:
                 swept.add(contest.key(case))
-                sweeps += [sweep_table(contest, case, backward=backward) for backward in (False, True)]
+                sweeps += [sweep_table(contest, case, table) for table in contest.tables]
     if timings:
         print_table(timings, copy_rate)
     for line in refused:

@@ -20,6 +20,10 @@ PARTS = (
 )
 
 
+# Annotations of the profiler's own: their kernels are listed by themselves.
+_ANNOTATIONS = re.compile(r"ProfilerStep|Optimizer\.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """Kernels of one kind: milliseconds and launches a step, and the longest of them by name."""
@@ -35,6 +39,8 @@ def parts_of(profile: torch.profiler.profile, num_steps: int) -> list[Part]:
     found: dict[str, list] = defaultdict(list)
     for event in profile.key_averages():
         milliseconds = event.self_device_time_total / 1000
+        if _ANNOTATIONS.match(event.key):
+            continue
         if milliseconds and event.device_type == torch.autograd.DeviceType.CUDA:
             part = next((name for name, pattern in PARTS if re.search(pattern, event.key)), "other")
             found[part].append((milliseconds / num_steps, event.count / num_steps, event.key))
@@ -48,6 +54,17 @@ def parts_of(profile: torch.profiler.profile, num_steps: int) -> list[Part]:
         for name, kernels in found.items()
     ]
     return sorted(parts, key=lambda part: -part.milliseconds)
+
+
+def host_table(profile: torch.profiler.profile, num_steps: int) -> str:
+    """What the host spends a step on, by operator: milliseconds of its own and calls a step."""
+    events = [event for event in profile.key_averages() if event.self_cpu_time_total]
+    events.sort(key=lambda event: -event.self_cpu_time_total)
+    lines = [
+        f"    {event.self_cpu_time_total / 1000 / num_steps:>7.2f} ms{event.count / num_steps:>8.0f} x  {event.key[:90]}"
+        for event in events[:16]
+    ]
+    return "\n".join(["host, profiled", *lines])
 
 
 def table(parts: list[Part]) -> str:

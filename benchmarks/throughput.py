@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_parts import parts_of, table
+from step_parts import host_table, parts_of, table
 
 from miles_fast.config import Config, load_config
 from miles_fast.data.batches import Quarantine
@@ -75,6 +75,7 @@ def profile_step(config: Config, settings: Any, num_steps: int) -> dict[str, Any
         pretrain(config, settings, evaluate=lambda *_: profile.step() or {})
     parts = parts_of(profile, num_steps)
     print(table(parts))
+    print(host_table(profile, num_steps))
     return {f"{part.name} ms": part.milliseconds for part in parts}
 
 

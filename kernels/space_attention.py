@@ -43,6 +43,12 @@ LAUNCH_FORWARD = {(256, 64): (128, 64, 8, 3, None)}
 LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 64, 8, 3, None)}
 LAUNCH_BACKWARD_KEY = {(256, 64): (32, 128, 8, 2, 128)}
 
+
+def space_attention_reference(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """out (B, N, H S): the definition, in any dtype, differentiable by autograd."""
+    return divided_attention_reference(qkv_BN3HS, num_frames, "space")
+
+
 # The interpreter keeps a bfloat16 as its bits, and its tl.dot multiplies the bits.
 _WIDENS = tl and tl.constexpr(INTERPRETED)
 
@@ -469,4 +475,4 @@ def space_attention(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:
     check_packed_qkv(qkv_BN3HS, num_frames)
     if runs_triton(qkv_BN3HS):
         return _space_attention(qkv_BN3HS.contiguous(), num_frames)[0]
-    return divided_attention_reference(qkv_BN3HS, num_frames, "space")
+    return space_attention_reference(qkv_BN3HS, num_frames)

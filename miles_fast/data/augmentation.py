@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -31,7 +33,7 @@ class HardwareDecodeError(RuntimeError):
 
 
 class Augmentation(Protocol):
-    """Takes batches in (`submit`) and hands tensors out in the same order (`collect`)."""
+    """Takes batches in (`submit`, two at most) and hands tensors out in the same order (`collect`)."""
 
     def submit(self, clips: Sequence[Frames], views: Sequence[View]) -> None:
         """Queue a batch: the frames of each clip, equally many, and its view; they are copied."""
@@ -107,7 +109,7 @@ class _Graph:
             batch_size=batch,
             num_threads=threads,
             device_id=(device.index or 0) if gpu else None,
-            prefetch_queue_depth=1,  # the caller submits a batch when it has collected the one before
+            prefetch_queue_depth=1,  # with more, DALI would want several batches before it begins
             exec_dynamic=True,
         )
         def graph():
@@ -142,6 +144,29 @@ class _Graph:
         return batch
 
 
+class _Graphs:
+    """Two pipelines of one graph, so that one decodes while the other is fed."""
+
+    def __init__(self, define: Any, batch: int, device: torch.device, threads: int) -> None:
+        self._build = partial(_Graph, define, batch, device, threads)
+        self._free: deque[_Graph | None] = deque([None, None])
+        self._busy: deque[_Graph] = deque()
+
+    def run(self, views: Sequence[View], repeats: int, **arrays: list[np.ndarray]) -> None:
+        """As `_Graph.run`; at most two batches may be on their way."""
+        graph = self._free.popleft() or self._build()
+        graph.run(views, repeats, **arrays)
+        self._busy.append(graph)
+
+    def collect(self) -> Tensor:
+        """The oldest batch. RuntimeError where DALI fails; later batches are not touched."""
+        graph = self._busy.popleft()
+        self._free.append(None)  # DALI's pipeline does not survive a failure
+        batch = graph.collect()
+        self._free[-1] = graph
+        return batch
+
+
 class DaliAugmentation:
     """`fn.decoders.image` (nvJPEG's hardware engine on a GPU) -> crop and resize -> flip and normalise."""
 
@@ -164,13 +189,13 @@ class DaliAugmentation:
             return _crop_flip_normalise(image, inputs, size, gpu, "CHW")
 
         self._num_frames = num_frames
-        self._graph = _Graph(define, num_clips * num_frames, device, threads)
+        self._graphs = _Graphs(define, num_clips * num_frames, device, threads)
 
     def submit(self, clips: Sequence[Frames], views: Sequence[View]) -> None:
-        self._graph.run(views, self._num_frames, image=[frame for frames in clips for frame in frames])
+        self._graphs.run(views, self._num_frames, image=[frame for frames in clips for frame in frames])
 
     def collect(self) -> Tensor:
-        return self._graph.collect().unflatten(0, (-1, self._num_frames))
+        return self._graphs.collect().unflatten(0, (-1, self._num_frames))
 
 
 class DaliVideoAugmentation:
@@ -190,18 +215,16 @@ class DaliVideoAugmentation:
             )
             return _crop_flip_normalise(frames, inputs, size, gpu, "FCHW")
 
-        self._options = (define, num_clips, device, threads)
-        self._graph: _Graph | None = None
+        self._encoded = _Graphs(define, num_clips, device, threads)
         self._decoded = DaliAugmentation("pixels", num_clips, num_frames, size, device, threads)
-        self._rows: tuple[list[int], list[int]] = ([], [])
+        self._rows: deque[tuple[list[int], list[int]]] = deque()
 
     def submit(self, clips: Sequence[Frames], views: Sequence[View]) -> None:
         encoded = [row for row, frames in enumerate(clips) if isinstance(frames, EncodedVideo)]
         decoded = [row for row, frames in enumerate(clips) if not isinstance(frames, EncodedVideo)]
-        self._rows = encoded, decoded
+        self._rows.append((encoded, decoded))
         if encoded:
-            self._graph = self._graph or _Graph(*self._options)
-            self._graph.run(
+            self._encoded.run(
                 [views[row] for row in encoded],
                 1,
                 video=[clips[row].data for row in encoded],
@@ -212,14 +235,12 @@ class DaliVideoAugmentation:
 
     def collect(self) -> Tensor:
         """Raises HardwareDecodeError where the video decoder fails on any clip of the batch."""
-        encoded, decoded = self._rows
+        encoded, decoded = self._rows.popleft()
         parts = [self._decoded.collect()] if decoded else []
         if encoded:
-            assert self._graph is not None
             try:
-                parts.append(self._graph.collect())
+                parts.append(self._encoded.collect())
             except (RuntimeError, ValueError) as error:
-                self._graph = None  # DALI's pipeline does not survive
                 raise HardwareDecodeError(str(error)) from error
         order = torch.tensor([*decoded, *encoded], device=parts[0].device).argsort()
         return torch.cat(parts)[order]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ class Decoding:
 
 
 class BatchFinisher:
-    """Clips to device tensors; one batch is decoded while the next is read, one graph a kind of input."""
+    """Clips to device tensors; two batches are decoded while the next is read, one graph a kind of input."""
 
     def __init__(
         self, data: DataConfig, image_size: int, tokenizer: Any, batch: int, device: torch.device
@@ -70,7 +70,7 @@ class BatchFinisher:
         self._data, self._image_size, self._tokenizer = data, image_size, tokenizer
         self._batch, self._device = batch, device
         self._graphs: dict[Input, Augmentation] = {}
-        self._pending: Decoding | None = None
+        self._pending: deque[Decoding] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def submit(
@@ -80,25 +80,37 @@ class BatchFinisher:
         masks: np.ndarray | None,
         read_again: Callable[[], Sequence[Clip]],
     ) -> Iterator[Batch]:
-        """Queue one batch and yield the one before it.
+        """Queue one batch and yield the one two before it.
 
         `read_again` gives the clips anew, decoded on the CPU: it is called when NVDEC fails.
         """
-        yield from self.flush()
+        if len(self._pending) == 2:
+            yield from self._finish_oldest()
         self._graph(takes).submit([clip.frames for clip in clips], [clip.view for clip in clips])
-        self._pending = Decoding(
-            takes=takes,
-            keys=tuple(clip.key for clip in clips),
-            captions=self._tokens(clips),
-            masks=torch.from_numpy(masks) if masks is not None else None,
-            read_again=read_again,
+        self._pending.append(
+            Decoding(
+                takes=takes,
+                keys=tuple(clip.key for clip in clips),
+                captions=self._tokens(clips),
+                masks=torch.from_numpy(masks) if masks is not None else None,
+                read_again=read_again,
+            )
         )
 
     def flush(self) -> Iterator[Batch]:
-        """Yield the batch that is still being decoded, unless nothing of it can be read."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
+        """Yield the batches that are still being decoded."""
+        while self._pending:
+            yield from self._finish_oldest()
+
+    def drop(self) -> None:
+        """Forget the batches that are still being decoded."""
+        while self._pending:
+            with contextlib.suppress(HardwareDecodeError):
+                self._graph(self._pending.popleft().takes).collect()
+
+    def _finish_oldest(self) -> Iterator[Batch]:
+        """The batch that was queued first, unless nothing of it can be read."""
+        pending = self._pending.popleft()
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             keys, captions = pending.keys, pending.captions
             try:

@@ -62,7 +62,9 @@ class Loader:
     def _make_batches(self, first_step: int) -> Generator[Batch, None, None]:
         coming: deque[tuple[int, Request, Pending]] = deque()
         micro_step = first_step * self.share.accumulation
-        with contextlib.closing(ReadingPool(self._shard_sets, self._num_workers)) as pool:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._finish.drop)
+            pool = stack.enter_context(contextlib.closing(ReadingPool(self._shard_sets, self._num_workers)))
             while True:
                 while len(coming) <= AHEAD:
                     request = self._request(micro_step)
@@ -119,7 +121,9 @@ class EvaluationLoader:
         misses."""
         samples = range(len(self)) if samples is None else samples
         coming: deque[tuple[Request, Pending]] = deque()
-        with contextlib.closing(ReadingPool([self._shards], self._num_workers)) as pool:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._finish.drop)
+            pool = stack.enter_context(contextlib.closing(ReadingPool([self._shards], self._num_workers)))
             for start in range(0, len(samples) + AHEAD * self._batch, self._batch):
                 items = tuple(samples[start : start + self._batch])
                 if items:
