@@ -60,10 +60,10 @@ def host_table(profile: torch.profiler.profile, num_steps: int) -> str:
     """What the host spends a step on, by operator: milliseconds of its own and calls a step."""
     events = [event for event in profile.key_averages() if event.self_cpu_time_total]
     events.sort(key=lambda event: -event.self_cpu_time_total)
-    lines = [
-        f"    {event.self_cpu_time_total / 1000 / num_steps:>7.2f} ms{event.count / num_steps:>8.0f} x  {event.key[:90]}"
-        for event in events[:16]
-    ]
+    lines = []
+    for event in events[:16]:
+        milliseconds, calls = event.self_cpu_time_total / 1000 / num_steps, event.count / num_steps
+        lines.append(f"    {milliseconds:>7.2f} ms{calls:>8.0f} x  {event.key[:90]}")
     return "\n".join(["host, profiled", *lines])
 
 
