@@ -34,14 +34,13 @@ from miles_fast.kernels.dispatch import INTERPRETED, jit, runs_triton, tl, trito
 from miles_fast.kernels.divided_attention import check_packed_qkv, divided_attention_reference
 
 # (P + 1, S), each rounded up to a power of two -> (query rows, key rows, warps per program, pipeline stages,
-# most registers per thread or None), for 16-bit numbers; read at every call. Not yet measured: reasoned from
-# registers and bytes. 64 rows on 4 warps are one wgmma tile. Each program reads the frame's other side again,
-# so 128 rows of its own halve what L2 has to give (forward 0.75 to 0.42 GB at the trainer's shape), and 8
-# warps in 128 registers leave room for two programs on an SM. The other side comes 64 rows at a time, 32 for
-# d_k and d_v, whose two sums take half the registers: 197 rows are 3 x 64 or 6 x 32 and a tail of 16.
-LAUNCH_FORWARD = {(256, 64): (128, 64, 8, 3, None)}
-LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 64, 8, 3, None)}
-LAUNCH_BACKWARD_KEY = {(256, 64): (32, 128, 8, 2, 128)}
+# most registers per thread or None), for 16-bit numbers; read at every call.
+# Measured on an H100 at 256 frames of 196 patches and 12 heads, bf16, by `python benchmarks/micro.py --op
+# space_attention --first --sweep`: forward 0.203 ms ((128, 64, 8, 3): 0.340), both backward kernels 0.552 ms.
+# 64 rows on 4 warps are one wgmma tile; many small programs win over fewer that read less from L2.
+LAUNCH_FORWARD = {(256, 64): (64, 64, 4, 3, None)}
+LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 64, 4, 3, None)}
+LAUNCH_BACKWARD_KEY = {(256, 64): (64, 64, 4, 3, None)}
 
 
 def space_attention_reference(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:

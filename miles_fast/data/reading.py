@@ -114,20 +114,26 @@ class _Worker:
     def send(self, request: Request) -> None:
         assert self.in_use < SLOTS
         self.in_use += 1
-        self._connection.send(request)
+        try:
+            self._connection.send(request)
+        except ConnectionError as error:
+            raise self._ended() from error
 
     def receive(self) -> Answer:
         try:
             body, places = self._connection.recv()
         except (EOFError, ConnectionError) as error:
-            raise RuntimeError(
-                f"a reading process ended with status {self._process.wait()} (killed for memory, or a "
-                "decoder crashed); lower data.decode_workers, or prepare the videos with launch/prepare.py"
-            ) from error
+            raise self._ended() from error
         found = pickle.loads(body, buffers=[self._memory[start:stop] for start, stop in places])
         if isinstance(found, Exception):
             raise found
         return found
+
+    def _ended(self) -> RuntimeError:
+        return RuntimeError(
+            f"a reading process ended with status {self._process.wait()} (killed for memory, or a decoder "
+            "crashed); lower data.decode_workers, or prepare the videos with launch/prepare.py"
+        )
 
     def close(self) -> None:
         self._connection.close()

@@ -37,7 +37,11 @@ def _members(tar_path: Path) -> Iterator[tuple[str, str, int, int, str]]:
     rewrite = "write the shard again (a partial download is the usual reason)"
     try:
         with tarfile.open(tar_path, "r:") as archive:
-            while (member := archive.next()) is not None:
+            # Python 3.10 looks before the start of an archive that holds nothing.
+            while archive.firstmember or archive.offset:
+                member = archive.next()
+                if member is None:
+                    break
                 archive.members = []
                 if member.isdir():
                     continue
@@ -188,7 +192,10 @@ def load_listing(tar_path: Path, missing_index: str) -> Listing:
         return listing
     remedy = f"delete {path}, it is rebuilt"
     if path.stat().st_mtime_ns < status.st_mtime_ns:
-        raise ShardError(f"{path} is older than its shard {tar_path}, which may have changed since: {remedy}")
+        raise ShardError(
+            f"{path} is older than its shard {tar_path}, which may have changed since (or both were copied "
+            f"without their times: `cp -a` keeps them): {remedy}"
+        )
     try:
         listing = _parse(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except ValueError as error:

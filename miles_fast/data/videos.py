@@ -18,6 +18,7 @@ from miles_fast.data.video_track import Track, read_packets, refuse_hdr, video_s
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg"
 # What NVDEC and DALI 2.4 decode (the names are those of FFmpeg's decoders).
 _NVDEC_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4"})
+_NVDEC_MIN_SIDE = 144  # pixels: what the H100 takes of every codec
 _MAX_PIXELS = 8192 * 8192
 # A jump to a key frame refills the decoder's reorder delay; below this many frames it is cheaper to decode
 # on.
@@ -94,6 +95,8 @@ def locate_frames(
         first = _decode(context, track, [0], name)[0]
         refuse_hdr(first.color_trc, False, name)
         if first.rotation or (first.width, first.height) != (context.width, context.height):
+            return None
+        if min(first.width, first.height) < _NVDEC_MIN_SIDE:
             return None
     return EncodedVideo(
         data=np.frombuffer(source, np.uint8),

@@ -92,18 +92,13 @@ def pretrain(
 
 
 def compile_towers(objective: Objective, snapshot: Snapshot | None) -> None:
-    """Have both towers of the student, and the snapshot's, compiled when they first run."""
-    import os
+    """Have the layers of both towers, and of the snapshot's, compiled when they first run.
 
+    A layer at a time: all share one compilation. A whole tower takes four times as long to compile.
+    """
     towers = [objective.model.video_model, *([snapshot.video_model] if snapshot else [])]
-    if os.environ.get("WHOLE"):
-        for tower in towers:
-            tower.compile(dynamic=False)
-    else:
-        for tower in towers:
-            for block in tower.blocks:
-                block.compile(dynamic=False)
-    for layer in objective.model.text_model.transformer.layer:
+    layers = [*(block for tower in towers for block in tower.blocks)]
+    for layer in [*layers, *objective.model.text_model.transformer.layer]:
         layer.compile(dynamic=False)
 
 
