@@ -36,8 +36,8 @@ from miles_fast.kernels.divided_attention import check_packed_qkv, divided_atten
 # (P + 1, S), each rounded up to a power of two -> (query rows, key rows, warps per program, pipeline stages,
 # most registers per thread or None), for 16-bit numbers; read at every call.
 # Measured on an H100 at 256 frames of 196 patches and 12 heads, bf16, by `python benchmarks/micro.py --op
-# space_attention --first --sweep`: forward 0.203 ms; in a training step 0.19 forward, 0.23 for d_q and 0.32 for
-# d_k and d_v. 64 rows on 4 warps are one wgmma tile.
+# space_attention --first --sweep`: forward 0.203 ms; in a training step 0.19 forward, 0.23 for d_q and 0.32
+# for d_k and d_v. 64 rows on 4 warps are one wgmma tile.
 LAUNCH_FORWARD = {(256, 64): (64, 64, 4, 3, None)}
 LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 64, 4, 3, None)}
 LAUNCH_BACKWARD_KEY = {(256, 64): (64, 64, 4, 3, None)}
