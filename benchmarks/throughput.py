@@ -2,59 +2,52 @@
 
 python benchmarks/throughput.py loader [--config FILE] [section.key=value ...]
 python benchmarks/throughput.py step   [--config FILE] [section.key=value ...]
+python benchmarks/throughput.py doctor [--config FILE] [section.key=value ...]   what holds a run back
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import statistics
 import tempfile
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from doctor import examine, report
+from loader_rivals import clips_per_second, torch_dataloader, webdataset_pillow
+from loader_stages import WARMUP, measure_loader
 from step_parts import host_table, parts_of, table
 
 from miles_fast.config import Config, load_config
-from miles_fast.data.batches import Quarantine
 from miles_fast.data.demo import prepare_demo
-from miles_fast.data.loader import Loader
-from miles_fast.data.order import Share
+from miles_fast.data.shards import ShardSet, expand_shards
 from miles_fast.distributed import configure_logging
-from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.engine import init_process_group, read_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.progress import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
-WARMUP = 5
 
 
-def measure_loader(config: Config, batch: int, batches: int) -> dict[str, Any]:
-    """Clips/s of the loader with nothing behind it, over `batches` batches after a warm-up."""
+def time_loader(
+    config: Config, batch: int, batches: int, videos: list[str], rival_seconds: float
+) -> dict[str, Any]:
+    """The loader, its stages, and what people would otherwise use, on this machine and these shards."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    loader = Loader(
-        config.data,
-        image_size=config.model.video.image_size,
-        tokenizer=load_tokenizer(config.model.text.tokenizer_source),
-        share=Share(batch=batch),
-        seed=config.run.seed,
-        device=device,
-        quarantine=Quarantine(None),
-    )
-    with contextlib.closing(loader.batches(0)) as stream:
-        for _ in range(WARMUP):
-            next(stream)
-        start = time.perf_counter()
-        for _ in range(batches):
-            next(stream)
-        seconds = time.perf_counter() - start
-    clips = batch * batches / seconds
-    return {"clips_per_second": clips, "images_per_second": clips * config.data.frames_per_clip}
+    frames, workers = expand_shards(config.data.train[0].shards), config.data.decode_workers
+    rivals = {}
+    if ShardSet(frames)[0].layout() == "frames":
+        rivals["webdataset_pillow"] = webdataset_pillow(frames, config, batch, workers)
+    if videos:
+        rivals["torch_dataloader_pyav"] = torch_dataloader(expand_shards(videos), config, batch, workers)
+    figures = asdict(measure_loader(config, batch, batches, device))
+    for name, rival in rivals.items():
+        figures[f"{name}_clips_per_second"] = clips_per_second(rival, batch, rival_seconds)
+    return figures
 
 
 def measure_step(config: Config, settings: Any) -> dict[str, Any]:
@@ -83,10 +76,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["loader", "step"])
+    parser.add_argument("what", choices=["loader", "step", "doctor"])
     parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
     parser.add_argument("--ds_config", default=str(ROOT / "ds.json"))
-    parser.add_argument("--batches", type=int, default=50, help="batches of the loader, or steps")
+    parser.add_argument("--batches", type=int, default=50, help="batches of the loader, and steps")
+    parser.add_argument(
+        "--videos", nargs="+", default=[], metavar="TAR", help="loader: mp4 shards for torch's DataLoader"
+    )
+    parser.add_argument("--rival-seconds", type=float, default=10.0, help="loader: time for each rival")
     parser.add_argument(
         "--profile",
         type=int,
@@ -108,7 +105,13 @@ def main() -> None:
         if config.data.demo_corpus:
             prepare_demo(Path(config.data.demo_corpus))
         if options.what == "loader":
-            figures = measure_loader(config, settings.batch, options.batches)
+            figures = time_loader(
+                config, settings.batch, options.batches, options.videos, options.rival_seconds
+            )
+        elif options.what == "doctor":
+            found = examine(config, settings, options.batches, init_process_group())
+            print(report(found, config, settings.batch))
+            figures = asdict(found)
         else:
             init_process_group()
             figures = (
@@ -118,8 +121,9 @@ def main() -> None:
             )
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}")
-    for name, value in figures.items():
-        print(f"{name:<24}{value:>12.3f}")
+    if options.what != "doctor":  # which has printed a table of its own
+        for name, value in figures.items():
+            print(f"{name:<40}" + (f"{value:>12.3f}" if isinstance(value, int | float) else f"{value:>12}"))
     if options.json:
         options.json.write_text(
             json.dumps({"machine": machine, "batch": settings.batch, **figures}, indent=2) + "\n"

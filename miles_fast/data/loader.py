@@ -40,22 +40,22 @@ class Loader:
         draw_masks: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         """`draw_masks(micro_step)` gives this rank's masks (B, M); micro steps count from 0 over the run."""
-        self._shard_sets = [ShardSet(expand_shards(source.shards)) for source in data.train]
-        self._draws = [
+        self.shard_sets = [ShardSet(expand_shards(source.shards)) for source in data.train]
+        self.draws = [
             ClipDraw(
                 num_frames=data.frames_per_clip,
                 takes=_input(shards, source, data, device),
                 crop_scale=data.crop_scale,
                 flip=data.flip,
             )
-            for shards, source in zip(self._shard_sets, data.train, strict=True)
+            for shards, source in zip(self.shard_sets, data.train, strict=True)
         ]
         self.share, self.quarantine, self._seed, self._draw_masks = share, quarantine, seed, draw_masks
         self._finish = BatchFinisher(data, image_size, tokenizer, share.batch, device)
         self._prefetch = data.prefetch_batches
         self._num_workers = data.decode_workers
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int) -> Generator[Batch, None, None]:
         """Endless micro batches from optimizer step `first_step` (0-based); close it when done."""
         return _in_background(self._make_batches(first_step), self._prefetch)
 
@@ -64,10 +64,10 @@ class Loader:
         micro_step = first_step * self.share.accumulation
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
-            pool = stack.enter_context(contextlib.closing(ReadingPool(self._shard_sets, self._num_workers)))
+            pool = stack.enter_context(contextlib.closing(ReadingPool(self.shard_sets, self._num_workers)))
             while True:
                 while len(coming) <= AHEAD:
-                    request = self._request(micro_step)
+                    request = self.request(micro_step)
                     coming.append((micro_step, request, pool.submit(request)))
                     micro_step += 1
                 made, request, pending = coming.popleft()
@@ -77,20 +77,21 @@ class Loader:
                 yield from self._finish.submit(request.draw.takes, clips, masks, again)
                 pending.release()
 
-    def _request(self, micro_step: int) -> Request:
+    def request(self, micro_step: int) -> Request:
+        """What this rank reads for a micro step, counted from 0 over the run."""
         step, micro = divmod(micro_step, self.share.accumulation)
-        turn, source = divmod(step, len(self._shard_sets))
-        num_samples, seed = len(self._shard_sets[source]), self._seed + source
+        turn, source = divmod(step, len(self.shard_sets))
+        num_samples, seed = len(self.shard_sets[source]), self._seed + source
         draws = tuple(draw_at(num_samples, seed, place) for place in self.share.places(turn, micro))
-        return Request(source=source, draw=self._draws[source], items=draws, seed=seed)
+        return Request(source=source, draw=self.draws[source], items=draws, seed=seed)
+
+    def _read_here(self, request: Request) -> list[Clip]:
+        return self._accept(answer(self.shard_sets, _by_cpu(request)))
 
     def _accept(self, answers: list[tuple[Clip, list[BadSample]]]) -> list[Clip]:
         for _, bad in answers:
             self.quarantine.add(bad)
         return [clip for clip, _ in answers]
-
-    def _read_here(self, request: Request) -> list[Clip]:
-        return self._accept(answer(self._shard_sets, _by_cpu(request)))
 
 
 class EvaluationLoader:
@@ -167,7 +168,7 @@ def _input(shards: ShardSet, source: SourceConfig, data: DataConfig, device: tor
     )
 
 
-def _in_background(make: Generator[Batch, None, None], depth: int) -> Iterator[Batch]:
+def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[Batch, None, None]:
     """Run a generator on its own thread, at most `depth` items ahead; its errors are raised here."""
     items: queue.Queue[Batch | BaseException] = queue.Queue(depth)
     stop = threading.Event()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,22 @@ from miles_fast.training.progress import StepLog
 from miles_fast.training.snapshot import Snapshot
 
 Evaluate = Callable[[DualEncoder, torch.device], dict[str, Any]]
+Deal = Callable[[Loader, int], Generator[Batch, None, None]]
 
 
 def pretrain(
-    config: Config, settings: EngineSettings, *, resume: str | None = None, evaluate: Evaluate | None = None
+    config: Config,
+    settings: EngineSettings,
+    *,
+    resume: str | None = None,
+    evaluate: Evaluate | None = None,
+    deal: Deal = Loader.batches,
 ) -> None:
     """Train to `config.run.steps` optimizer steps.
 
     `resume` is `auto`, a run's folder or a checkpoint; without it an earlier run in the same folder is moved
     aside. `evaluate(model, device)` is called on all ranks every `run.evaluate_every` steps and at the end.
+    `deal(loader, first_step)` gives the batches; benchmarks put others in the loader's place.
     """
     device = init_process_group()
     run = Path(config.run.folder)
@@ -86,7 +93,10 @@ def pretrain(
     )
     log = StepLog(run, first_step, config.run.steps)
     try:
-        _train(config, settings, engine, snapshot, loader, log, run, device, first_step, evaluate)
+        with contextlib.closing(deal(loader, first_step)) as batches:
+            _train(
+                config, settings, engine, snapshot, loader, batches, log, run, device, first_step, evaluate
+            )
     finally:
         log.close()
 
@@ -108,6 +118,7 @@ def _train(
     engine: Any,
     snapshot: Snapshot | None,
     loader: Loader,
+    batches: Iterator[Batch],
     log: StepLog,
     run: Path,
     device: torch.device,
@@ -115,34 +126,33 @@ def _train(
     evaluate: Evaluate | None,
 ) -> None:
     meter = Meter(config, loader.share, device)
-    with contextlib.closing(loader.batches(first_step)) as batches:
-        engine.train()
-        for step in range(first_step + 1, config.run.steps + 1):
-            last = step == config.run.steps
-            logs = step % config.run.log_every == 0 or step == first_step + 1 or last
-            for _ in range(settings.accumulation):
-                waiting = time.perf_counter()
-                batch = next(batches)
-                meter.waited(time.perf_counter() - waiting)
-                losses, norm = train_step(engine, snapshot, batch, with_statistics=logs)
-            if snapshot is not None:
-                snapshot.follow(engine.module.model, step)
-            log.advance()
-            meter.stepped()
-            if logs:
-                record = meter.record(losses, norm, engine, loader.quarantine)
-                log.write(step, record, show=("loss", "clips_per_second"))
-            if evaluate is not None and (
-                last or (config.run.evaluate_every and step % config.run.evaluate_every == 0)
-            ):
-                # Its last batch is smaller: not worth compiling for.
-                with torch.compiler.set_stance("force_eager"):
-                    result = evaluate(engine.module.model, device)
-                log.write(step, {"evaluation": result})
-                meter.pause()
-            if step % config.run.save_every == 0 or last:
-                save_checkpoint(run, step, engine, snapshot, config)
-                meter.pause()
+    engine.train()
+    for step in range(first_step + 1, config.run.steps + 1):
+        last = step == config.run.steps
+        logs = step % config.run.log_every == 0 or step == first_step + 1 or last
+        for _ in range(settings.accumulation):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            meter.waited(time.perf_counter() - waiting)
+            losses, norm = train_step(engine, snapshot, batch, with_statistics=logs)
+        if snapshot is not None:
+            snapshot.follow(engine.module.model, step)
+        log.advance()
+        meter.stepped()
+        if logs:
+            record = meter.record(losses, norm, engine, loader.quarantine)
+            log.write(step, record, show=("loss", "clips_per_second"))
+        if evaluate is not None and (
+            last or (config.run.evaluate_every and step % config.run.evaluate_every == 0)
+        ):
+            # Its last batch is smaller: not worth compiling for.
+            with torch.compiler.set_stance("force_eager"):
+                result = evaluate(engine.module.model, device)
+            log.write(step, {"evaluation": result})
+            meter.pause()
+        if step % config.run.save_every == 0 or last:
+            save_checkpoint(run, step, engine, snapshot, config)
+            meter.pause()
     barrier()
 
 

@@ -1,0 +1,118 @@
+"""The throughput programs on the tiny model, and the doctor's words on made-up measurements."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import ds_tree, tiny_config, tiny_tree, write_data
+
+from miles_fast.data.demo_corpus import Recipe, build_demo_corpus
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    place = tmp_path_factory.mktemp("benchmarks")
+    write_data(place)
+    (place / "tiny.yaml").write_text(yaml.safe_dump(tiny_tree(place)))
+    (place / "ds.json").write_text(json.dumps(ds_tree(stage=1)))
+    return place
+
+
+@pytest.fixture
+def doctor(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import doctor
+
+    return doctor
+
+
+def call(root, what, *options):
+    command = [sys.executable, str(BENCHMARKS / "throughput.py"), what, "--batches", "3"]
+    files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
+    output = ["--json", str(root / f"{what}.json")]
+    run = subprocess.run(
+        [*command, *files, *output, *options], capture_output=True, text=True, timeout=250, cwd=root
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout, json.loads((root / f"{what}.json").read_text())
+
+
+def test_loader_beside_its_rivals(root):
+    corpus = build_demo_corpus(root / "corpus", Recipe(num_train=8, num_heldout=2), workers=1)
+    videos = [str(path) for path in corpus.train_tars]
+    printed, figures = call(root, "loader", "--rival-seconds", "0.5", "--videos", *videos)
+    rates = [value for name, value in figures.items() if name.endswith("per_second")]
+    assert len(rates) == 5 and min(rates) > 0
+    assert figures["frames_per_second"] == pytest.approx(2 * figures["clips_per_second"])
+    assert figures["takes"] == "jpeg" and "torch_dataloader_pyav" in printed
+    assert figures["batch_bytes"] == pytest.approx(4 * 2 * 3000, rel=0.9)
+
+
+def test_step_and_its_parts(root):
+    _, figures = call(root, "step")
+    assert figures["clips_per_second"] > 0 and figures["step_milliseconds"] > 0
+    printed, _ = call(root, "step", "--profile", "2")
+    assert "host, profiled" in printed and "aten::" in printed
+
+
+def test_the_doctor_examines_and_says_something(root):
+    printed, figures = call(root, "doctor", "run.steps=8")
+    assert "step on synthetic data" in printed and "bottleneck" in printed or "No stage alone" in printed
+    assert figures["loader"]["takes"] == "jpeg" and figures["real_clips_per_second"] > 0
+
+
+def healthy(doctor):
+    stages = doctor.LoaderFigures(
+        clips_per_second=4000.0,
+        frames_per_second=8000.0,
+        megabytes_per_second=100.0,
+        batch_milliseconds=1.0,
+        reading_milliseconds=1.0,
+        decoding_milliseconds=1.0,
+        tokenising_milliseconds=0.1,
+        batch_bytes=2_000_000,
+        takes="jpeg",
+    )
+    return doctor.Examination(
+        loader=stages,
+        cold_milliseconds=1.0,
+        transfer_milliseconds=0.1,
+        synthetic_clips_per_second=400.0,
+        cached_clips_per_second=400.0,
+        real_clips_per_second=399.0,
+    )
+
+
+# The step takes 10 ms a batch of 4 at 400 clips/s.
+@pytest.mark.parametrize(
+    "stage, real, expected",
+    [
+        ({}, 399.0, ["The step itself is the bottleneck", "10.0 times"]),
+        ({"reading_milliseconds": 25.0}, 160.0, ["Reading", "60 %", "data.decode_workers from 2 to 5"]),
+        (
+            {"reading_milliseconds": 25.0, "takes": "pixels"},
+            160.0,
+            ["Reading", "prepare frames once (launch/prepare.py)"],
+        ),
+        ({"decoding_milliseconds": 20.0}, 200.0, ["Decoding", "50 %", "data.threads from 1"]),
+        ({"tokenising_milliseconds": 20.0}, 200.0, ["Tokenising", "data.caption_tokens from 8"]),
+        ({}, 300.0, ["No stage alone is slower", "25 %", "cores"]),
+    ],
+)
+def test_the_doctor_names_the_slowest_stage(root, doctor, stage, real, expected):
+    found = healthy(doctor)
+    found = replace(found, loader=replace(found.loader, **stage), real_clips_per_second=real)
+    said = doctor.verdict(found, tiny_config(root), 4)
+    assert all(part in said for part in expected), said
+
+
+def test_the_doctor_tells_a_slow_disk_from_slow_reading(root, doctor):
+    found = replace(healthy(doctor), cold_milliseconds=40.0, real_clips_per_second=100.0)
+    said = doctor.verdict(found, tiny_config(root), 4)
+    assert "Storage is the bottleneck" in said and "50 MB/s, and the step needs 200" in said
