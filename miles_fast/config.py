@@ -38,7 +38,8 @@ class DataConfig:
     """Where clips come from and what is drawn of them.
 
     Several `train` sources alternate, one optimizer step each (spec/miles.md 4.2). `demo_corpus` is a folder
-    in which the generated corpus is built when it is missing.
+    in which the generated corpus is built when it is missing. A run whose share of unusable samples exceeds
+    `max_bad_share` stops.
     """
 
     train: list[SourceConfig] = Field(min_length=1)
@@ -51,6 +52,7 @@ class DataConfig:
     augmentation: Literal["auto", "dali", "pil"] = "auto"
     video_decoder: Literal["cpu", "nvdec"] = "cpu"
     decode_workers: int = Field(default=4, ge=1)
+    max_bad_share: float = Field(default=0.75, ge=0, le=1)
     threads: int = Field(default=4, ge=1)
     prefetch_batches: int = Field(default=3, ge=1)
 

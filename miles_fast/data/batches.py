@@ -17,8 +17,11 @@ from torch import Tensor
 from miles_fast.config import DataConfig
 from miles_fast.data.augmentation import Augmentation, HardwareDecodeError, build_augmentation
 from miles_fast.data.clips import BadSample, Clip, Input
+from miles_fast.data.shards import ShardError
 from miles_fast.distributed import logger
 from miles_fast.models.text_encoder import encode_captions
+
+ENOUGH_SAMPLES = 1000  # before that a share says little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +36,35 @@ class Batch:
 
 
 class Quarantine:
-    """Counts bad samples by cause and lists each of them once in a JSONL file."""
+    """Counts bad samples by cause and lists each of them once in a JSONL file.
 
-    def __init__(self, path: Path | None) -> None:
+    More than `max_share` of bad samples, counted from a thousand on, ends the run.
+    """
+
+    def __init__(self, path: Path | None, max_share: float = 1.0) -> None:
         self.counts: Counter[str] = Counter()
-        self._path, self._seen = path, set()
+        self._path, self._max_share = path, max_share
+        self._seen: set[tuple[str, str]] = set()
+        self._by_shard: Counter[str] = Counter()
+        self._good = 0
+
+    def accept(self, good: int) -> None:
+        """Count good samples. Raises ShardError where bad ones exceed their share."""
+        self._good += good
+        bad = self.counts.total()
+        if bad + self._good >= ENOUGH_SAMPLES and bad > self._max_share * (bad + self._good):
+            shard, most = self._by_shard.most_common(1)[0]
+            raise ShardError(
+                f"{bad} of {bad + self._good} samples are unusable ({dict(self.counts)}), {most} of them in "
+                f"{shard}: prepare it again with launch/prepare.py, or raise data.max_bad_share "
+                f"({self._max_share})"
+            )
 
     def add(self, bad: list[BadSample]) -> None:
         """Count these, and list those not met before."""
         for sample in bad:
             self.counts[sample.cause] += 1
+            self._by_shard[sample.shard] += 1
             if self._path is None or (sample.shard, sample.key) in self._seen:
                 continue
             self._seen.add((sample.shard, sample.key))

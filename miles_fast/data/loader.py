@@ -91,6 +91,7 @@ class Loader:
     def _accept(self, answers: list[tuple[Clip, list[BadSample]]]) -> list[Clip]:
         for _, bad in answers:
             self.quarantine.add(bad)
+        self.quarantine.accept(len(answers))
         return [clip for clip, _ in answers]
 
 

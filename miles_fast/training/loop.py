@@ -79,7 +79,8 @@ def pretrain(
     if checkpoint:
         restore_checkpoint(checkpoint, engine, snapshot)
         logger.info("resumed from %s at step %d", checkpoint, first_step)
-    quarantine = Quarantine(run / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank{rank()}.jsonl"))
+    listed = run / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank{rank()}.jsonl")
+    quarantine = Quarantine(listed, config.data.max_bad_share)
     share = Share(batch=settings.batch, accumulation=settings.accumulation, rank=rank(), ranks=world_size())
     loader = Loader(
         config.data,
