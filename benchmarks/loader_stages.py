@@ -29,6 +29,7 @@ WARMUP = 5
 class LoaderFigures:
     """Rates of the whole loader, and milliseconds a batch of each stage running alone.
 
+    `growth_mib_per_thousand` is how much resident memory, reading processes included, a thousand batches add.
     `batch_bytes` are the frames' bytes as they are read (JPEG, or pixels of decoded videos), `takes` says
     what they come as.
     """
@@ -40,6 +41,7 @@ class LoaderFigures:
     reading_milliseconds: float
     decoding_milliseconds: float
     tokenising_milliseconds: float
+    growth_mib_per_thousand: float
     batch_bytes: int
     takes: str
 
@@ -61,7 +63,11 @@ def measure_loader(config: Config, batch: int, batches: int, device: torch.devic
     """Time `batches` batches of the loader with nothing behind it, and its stages one by one."""
     loader = open_loader(config, batch, device)
     with contextlib.closing(loader.batches(0)) as stream:
+        settled = max(1, batches // 5)
+        _milliseconds(lambda: next(stream), settled)
+        before = _resident_bytes()
         whole = _milliseconds(lambda: next(stream), batches)
+        growth = (_resident_bytes() - before) / 2**20 / (batches + WARMUP) * 1000
     reading = time_reading(loader, config.data.decode_workers, batches)
     request = loader.request(0)
     clips = [clip for clip, _ in answer(loader.shard_sets, request)]
@@ -80,6 +86,7 @@ def measure_loader(config: Config, batch: int, batches: int, device: torch.devic
         reading_milliseconds=reading,
         decoding_milliseconds=_time_decoding(config, clips, request.draw.takes, device, batches),
         tokenising_milliseconds=tokenising,
+        growth_mib_per_thousand=growth,
         batch_bytes=batch_bytes,
         takes=request.draw.takes,
     )
@@ -131,6 +138,13 @@ def _time_decoding(
     milliseconds = _milliseconds(decode, batches)
     graph.collect()
     return milliseconds
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    own = psutil.Process()
+    return sum(process.memory_info().rss for process in (own, *own.children(recursive=True)))
 
 
 def _frame_bytes(clip: Clip) -> int:

@@ -76,6 +76,7 @@ def healthy(doctor):
         reading_milliseconds=1.0,
         decoding_milliseconds=1.0,
         tokenising_milliseconds=0.1,
+        growth_mib_per_thousand=0.0,
         batch_bytes=2_000_000,
         takes="jpeg",
     )

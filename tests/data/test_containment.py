@@ -56,7 +56,7 @@ VIDEO_FAULTS = {
     "zero bytes": (lambda m: m | {"mp4": b""}, {"not decodable"}),
     "flipped bytes": (
         lambda m: m | {"mp4": m["mp4"][:40] + _flip(m["mp4"][40:])},
-        {"not decodable", "missing frames", None},  # some flips decode
+        {"not decodable", "missing frames", "no frames", None},  # some flips decode
     ),
     "not a video": (lambda m: m | {"mp4": b"not a video" * 50}, {"not decodable"}),
     "no caption": (lambda m: {n: d for n, d in m.items() if n != "txt"}, {"no caption"}),
