@@ -132,6 +132,10 @@ class MaskConfig:
     kind: Literal["tube_block", "tube_random", "frame_random"] = "tube_block"
     ratio: float = Field(default=0.5, gt=0, lt=1)
 
+    def masked_per_frame(self, grid: int) -> int:
+        """Masked positions of one frame: round(ratio * grid^2), at least one masked and one visible."""
+        return min(max(round(self.ratio * grid * grid), 1), grid * grid - 1)
+
 
 @dataclass(**_OPTIONS)
 class RegressionConfig:
@@ -162,11 +166,22 @@ class ContrastConfig:
     """Video-text contrast (spec/miles.md 2.1, 2.4).
 
     `grad_scale` multiplies its gradient; `official` is 1 / ranks, which the official trainer applies
-    unawares.
+    unawares. `clip` is what view D contrasts: the visible patches, or the full clip in a pass of its own (A
+    and B are defined by theirs).
     """
 
     temperature: float = Field(default=0.05, gt=0)
     grad_scale: float | Literal["official"] = 1.0
+    clip: Literal["visible", "full"] = "visible"
+
+
+@dataclass(**_OPTIONS)
+class PredictorConfig:
+    """View D's predictor of masked features; all sizes inferred."""
+
+    width: int = Field(default=384, ge=1)
+    depth: int = Field(default=2, ge=1)
+    heads: int = Field(default=6, ge=1)
 
 
 @dataclass(**_OPTIONS)
@@ -174,14 +189,23 @@ class MethodConfig:
     """Which passes are made.
 
     View A: the masked pass feeds both losses (the paper's figure). B: masked for regression, full for
-    contrast. none: contrast on the full clip only, the paper's own baseline.
+    contrast. D: the masked patches are dropped, a light predictor supplies them (spec/miles.md 8.3; not the
+    paper's). none: contrast on the full clip only, the paper's own baseline.
     """
 
-    view: Literal["A", "B", "none"] = "A"
+    view: Literal["A", "B", "D", "none"] = "A"
     mask: MaskConfig = Field(default_factory=MaskConfig)
     regression: RegressionConfig = Field(default_factory=RegressionConfig)
     snapshot: SnapshotConfig = Field(default_factory=SnapshotConfig)
     contrast: ContrastConfig = Field(default_factory=ContrastConfig)
+    predictor: PredictorConfig = Field(default_factory=PredictorConfig)
+
+    def __post_init__(self) -> None:
+        if self.view == "D" and not self.mask.kind.startswith("tube"):
+            raise ValueError(
+                "view D drops patches, which needs the same ones in every frame: "
+                f"mask.kind = {self.mask.kind} must be tube_block or tube_random"
+            )
 
 
 @dataclass(**_OPTIONS)

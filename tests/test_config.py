@@ -35,7 +35,7 @@ def test_overrides_reach_nested_keys_and_list_items(tmp_path):
     [
         ("model.video.widht=3", r"unknown key 'model.video.widht'; did you mean 'width'\?"),
         ("methods.view=A", r"unknown key 'methods'; did you mean 'method'\?"),
-        ("method.view=C", r"method.view = 'C': Input should be 'A', 'B' or 'none'"),
+        ("method.view=C", r"method.view = 'C': Input should be 'A', 'B', 'D' or 'none'"),
         ("method.mask.ratio=1.5", r"method.mask.ratio = 1.5"),
         ("model.video.patch_size=7", r"image_size 32 is not a multiple of patch_size 7"),
         ("data.caption_tokens=99", r"caption_tokens 99 exceeds model.text.max_positions 16"),

@@ -135,14 +135,16 @@ class SpaceTimeTransformer(nn.Module):
         masked_BN: Tensor | None = None,
         mask_token: Tensor | None = None,
         with_unmasked: bool = False,
+        visible_BK: Tensor | None = None,
         rows_BM: Tensor | None = None,
     ) -> Tensor:
         """Tokens after the final LayerNorm, (B, N, D), or only those at `rows_BM`, (B, M, D).
 
         `masked_BN` (bool, patches only: N = T * P) are replaced by `mask_token` before the position embedding
         (BEiT's convention, inferred). `with_unmasked` appends the same clips unmasked to the batch (view B):
-        (2 B, ...), one patch embedding for both. `rows_BM` counts [CLS] as 0 and must be distinct within a
-        clip.
+        (2 B, ...), one patch embedding for both. `visible_BK` names the only patches that are encoded (view
+        D: the same positions in every frame, ascending; N is then 1 + K). `rows_BM` counts [CLS] as 0 and
+        must be distinct within a clip.
         """
         num_frames = video_BTCHW.shape[1]
         patches_BND = self.patch_embed(video_BTCHW)
@@ -151,6 +153,8 @@ class SpaceTimeTransformer(nn.Module):
             masked = torch.where(masked_BN[..., None], mask_token.to(patches_BND.dtype), patches_BND)
             patches_BND = torch.cat([masked, patches_BND]) if with_unmasked else masked
         x_BND = self._embed_positions(patches_BND, num_frames)
+        if visible_BK is not None:
+            x_BND = token_gather(x_BND, F.pad(visible_BK + 1, (1, 0)))
         for block in self.blocks:
             x_BND = block(x_BND, num_frames)
         if rows_BM is not None:

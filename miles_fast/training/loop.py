@@ -59,7 +59,9 @@ def pretrain(
     _prepare_folder(run, config, keep=resume is not None)
     torch.manual_seed(config.run.seed)
     tokenizer = load_tokenizer(config.model.text.tokenizer_source)
-    objective = Objective(build_dual_encoder(config.model, len(tokenizer)), config.method)
+    objective = Objective(
+        build_dual_encoder(config.model, len(tokenizer)), config.method, config.data.frames_per_clip
+    )
     if config.run.init_from and not checkpoint:
         _initialize(objective, config.run.init_from)
     snapshot = None
@@ -108,6 +110,8 @@ def compile_towers(objective: Objective, snapshot: Snapshot | None) -> None:
     A layer at a time: all share one compilation. A whole tower takes four times as long to compile.
     """
     towers = [objective.model.video_model, *([snapshot.video_model] if snapshot else [])]
+    if objective.method.view == "D":
+        towers.append(objective.predictor)
     layers = [*(block for tower in towers for block in tower.blocks)]
     for layer in [*layers, *objective.model.text_model.transformer.layer]:
         layer.compile(dynamic=False)
@@ -180,7 +184,7 @@ class Meter:
     def __init__(self, config: Config, share: Share, device: torch.device) -> None:
         self._clips_per_step, self._device = share.global_batch, device
         self._flops = training_flops(
-            config.model, config.method.view, config.data.frames_per_clip, config.data.caption_tokens
+            config.model, config.method, config.data.frames_per_clip, config.data.caption_tokens
         )
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._peak = peak_flops(name)

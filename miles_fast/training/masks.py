@@ -13,11 +13,6 @@ import numpy as np
 from miles_fast.config import MaskConfig
 
 
-def num_masked_per_frame(config: MaskConfig, grid: int) -> int:
-    """Masked positions of one frame: round(ratio * grid^2), at least one masked and one visible."""
-    return min(max(round(config.ratio * grid * grid), 1), grid * grid - 1)
-
-
 def draw_masks(
     config: MaskConfig, *, grid: int, num_frames: int, batch: int, seed: int, step: int, rank: int
 ) -> np.ndarray:
@@ -28,7 +23,7 @@ def draw_masks(
 
 
 def _draw_clip(config: MaskConfig, grid: int, num_frames: int, stream: np.random.Generator) -> np.ndarray:
-    count, positions = num_masked_per_frame(config, grid), grid * grid
+    count, positions = config.masked_per_frame(grid), grid * grid
     if config.kind == "frame_random":
         frames = [np.sort(stream.permutation(positions)[:count]) for _ in range(num_frames)]
         return np.concatenate([frame + t * positions for t, frame in enumerate(frames)])

@@ -12,6 +12,7 @@ from miles_fast.config import MethodConfig
 from miles_fast.kernels.feature_regression import feature_regression
 from miles_fast.models.dual_encoder import DualEncoder
 from miles_fast.training.losses import contrastive_loss
+from miles_fast.training.predictor import Predictor
 
 
 class Losses(NamedTuple):
@@ -29,16 +30,20 @@ class Losses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Student, mask token and regression head; views A, B and none of spec/miles.md 2.5."""
+    """Student, and what only its losses need; views A, B and none of spec/miles.md 2.5, D of 8.3."""
 
-    def __init__(self, model: DualEncoder, method: MethodConfig) -> None:
+    def __init__(self, model: DualEncoder, method: MethodConfig, num_frames: int) -> None:
         super().__init__()
         self.model, self.method = model, method
-        if method.view != "none":
-            width = model.config.video.width
-            self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
-            target_width = model.config.embedding if method.regression.feature == "projected" else width
-            self.head = _regression_head(method.regression.head, target_width)
+        if method.view == "none":
+            return
+        video = model.config.video
+        target_width = model.config.embedding if method.regression.feature == "projected" else video.width
+        if method.view == "D":
+            self.predictor = Predictor(method.predictor, video, num_frames, target_width)
+        else:
+            self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, video.width), std=0.02))
+        self.head = _regression_head(method.regression.head, target_width)
 
     def forward(
         self,
@@ -56,10 +61,13 @@ class Objective(nn.Module):
             zero = torch.zeros_like(contrast)
             return Losses(contrast, contrast.detach(), zero, zero, zero)
         assert masked_BM is not None and target_BND is not None
-        cls_BD, features_BMD = self._encode_masked(video_BTCHW, masked_BM, target_BND.shape[1])
+        if self.method.view == "D":
+            cls_BD, features_BMD = self._encode_visible(video_BTCHW, masked_BM, target_BND.shape[1])
+        else:
+            cls_BD, features_BMD = self._encode_masked(video_BTCHW, masked_BM, target_BND.shape[1])
+            if self.method.regression.feature == "projected":
+                features_BMD = self.model.vid_proj(features_BMD)
         contrast = contrastive_loss(text_BE, self.model.vid_proj(cls_BD), self.method.contrast)
-        if self.method.regression.feature == "projected":
-            features_BMD = self.model.vid_proj(features_BMD)
         features_BMD = self.head(features_BMD)
         regression = feature_regression(
             features_BMD,
@@ -87,6 +95,17 @@ class Objective(nn.Module):
             rows_BM=torch.cat([rows, rows]) if both else rows,
         )
         return tokens[-batch:, 0], tokens[:batch, 1:]
+
+    def _encode_visible(self, video: Tensor, masked_BM: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
+        masked_BN = torch.zeros(video.shape[0], num_patches, dtype=torch.uint8, device=video.device)
+        masked_BN.scatter_(1, masked_BM, 1)
+        # Visible patches first, in their order: their number is known, so that the host need not wait.
+        visible_BK = masked_BN.argsort(dim=1, stable=True)[:, : num_patches - masked_BM.shape[1]]
+        tokens = self.model.video_model(video, visible_BK=visible_BK)
+        features_BMD = self.predictor(tokens, visible_BK, masked_BM)
+        if self.method.contrast.clip == "full":
+            tokens = self.model.video_model(video)
+        return tokens[:, 0], features_BMD
 
 
 def _regression_head(kind: str, width: int) -> nn.Module:

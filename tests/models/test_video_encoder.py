@@ -230,6 +230,28 @@ def test_image_weights_that_do_not_fit_are_named():
         load_image_weights(encoder, weights, "broken.safetensors")
 
 
+def test_dropped_patches_leave_no_trace_and_none_dropped_is_the_whole_clip():
+    config = VideoEncoderConfig(image_size=32, patch_size=8, width=16, depth=2, heads=2, num_frames=3)
+    encoder = SpaceTimeTransformer(config).double()
+    torch.nn.init.normal_(encoder.temporal_embed)
+    for block in encoder.blocks:  # at its start the temporal branch is the identity
+        torch.nn.init.normal_(block.timeattn.proj.weight, std=0.2)
+    video = torch.randn(2, 3, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    everything = torch.arange(48).expand(2, 48)
+    torch.testing.assert_close(encoder(video, visible_BK=everything), encoder(video))
+    positions = torch.tensor([[0, 5, 6, 11], [1, 2, 7, 15]])
+    visible = torch.cat([positions + 16 * frame for frame in range(3)], dim=1)
+    tokens = encoder(video, visible_BK=visible)
+    assert tokens.shape == (2, 13, 16)
+    (gradient,) = torch.autograd.grad(tokens.square().sum(), video)
+    touched = gradient.abs().sum(2).unfold(2, 8, 8).unfold(3, 8, 8).sum((-1, -2)).flatten(1) > 0
+    expected = torch.zeros(2, 48, dtype=torch.bool).scatter(1, visible, True)
+    assert torch.equal(touched, expected)
+    # A visible patch attends by its place: the same patches in another order of names are the same tokens.
+    swapped = encoder(video.flip(0), visible_BK=visible.flip(0)).flip(0)
+    torch.testing.assert_close(swapped, tokens)
+
+
 def test_asked_for_backends_say_what_is_missing():
     with pytest.raises(ValueError, match="backend 'fast'"):
         divided_attention(torch.randn(1, 5, 3, 1, 4), 2, "time", "fast")

@@ -39,7 +39,8 @@ def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
     settings = check_ds_config(ds_tree(stage, batch), "ds", config, cuda=False, ranks=world_size())
     torch.manual_seed(0)
     tokenizer = load_tokenizer(config.model.text.tokenizer_source)
-    objective = Objective(build_dual_encoder(config.model, len(tokenizer)), config.method)
+    model = build_dual_encoder(config.model, len(tokenizer))
+    objective = Objective(model, config.method, config.data.frames_per_clip)
     method = config.method
     device = torch.device("cpu")
     snapshot = Snapshot(

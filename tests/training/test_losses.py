@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from miles_fast.config import (
     ContrastConfig,
+    MethodConfig,
     ModelConfig,
     RegressionConfig,
     SnapshotConfig,
@@ -15,7 +16,7 @@ from miles_fast.config import (
     VideoEncoderConfig,
 )
 from miles_fast.models.dual_encoder import DualEncoder, unit
-from miles_fast.models.flops import training_flops, video_flops
+from miles_fast.models.flops import predictor_flops, training_flops, video_flops
 from miles_fast.training.losses import contrastive_loss
 from miles_fast.training.snapshot import Snapshot
 
@@ -140,4 +141,10 @@ def test_flops_are_the_specs():
     for frames, forward in ((1, 46.30), (4, 184.62), (8, 369.24), (16, 739.18)):
         assert sum(video_flops(config.video, frames)) / 1e9 == pytest.approx(forward, abs=0.006)
     for view, frames, total in (("none", 4, 561.1), ("A", 4, 745.8), ("B", 4, 1298.7), ("A", 1, 193.2)):
-        assert training_flops(config, view, frames, 32) / 1e9 == pytest.approx(total, abs=0.06)
+        method = MethodConfig(view=view)
+        assert training_flops(config, method, frames, 32) / 1e9 == pytest.approx(total, abs=0.06)
+    for clip, total in (("visible", 328.4), ("full", 881.3)):  # spec/miles.md 10.3, predictor not counted
+        method = MethodConfig(view="D", mask={"ratio": 0.75}, contrast={"clip": clip})
+        predictor = 3 * predictor_flops(config, method, 4)
+        assert (training_flops(config, method, 4, 32) - predictor) / 1e9 == pytest.approx(total, abs=0.06)
+        assert predictor / 1e9 == pytest.approx(3 * (7.408 + 0.474 + 0.015 + 0.463), abs=0.02)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from miles_fast.config import MaskConfig
-from miles_fast.training.masks import draw_masks, num_masked_per_frame
+from miles_fast.training.masks import draw_masks
 
 
 def draw(kind, ratio=0.5, grid=14, frames=4, batch=6, seed=0, step=3, rank=0):
@@ -20,7 +20,7 @@ def test_counts_are_exact_and_indices_distinct(kind, ratio, grid, frames):
     masks = draw(kind, ratio, grid, frames)
     count = min(max(round(ratio * grid * grid), 1), grid * grid - 1)
     assert masks.shape == (6, frames * count) and masks.dtype == np.int64
-    assert num_masked_per_frame(MaskConfig(kind=kind, ratio=ratio), grid) == count
+    assert MaskConfig(kind=kind, ratio=ratio).masked_per_frame(grid) == count
     for clip in masks:
         assert (np.diff(clip) > 0).all()
         np.testing.assert_array_equal(np.bincount(clip // grid**2, minlength=frames), count)

@@ -59,9 +59,11 @@ def test_six_steps_equal_three_resumed_bitwise(root, tmp_path, stage):
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("view", ["A", "B", "none"])
+@pytest.mark.parametrize("view", ["A", "B", "D", "D full", "none"])
 def test_views_train_and_the_log_holds_the_figures(root, tmp_path, view):
-    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 4}, method={"view": view})
+    method = {"view": view[:4].split()[0], "predictor": {"width": 16, "depth": 1, "heads": 2}}
+    method["contrast"] = {"clip": "full" if view == "D full" else "visible"}
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 4}, method=method)
     log = train(config, stage=1)
     assert [record["step"] for record in log] == [1, 2, 3, 4]
     for record in log:
