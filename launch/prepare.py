@@ -24,7 +24,12 @@ def main() -> int:
     parser.add_argument(
         "--captions", metavar="FILE", help="csv, tsv, json or jsonl: the captions of a folder"
     )
-    parser.add_argument("--frames", type=int, default=defaults.frames, help="frames kept of each clip")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--frames", type=int, default=defaults.frames, help="frames kept of each clip")
+    chosen.add_argument("--fps", type=float, help="frames kept of each second, instead of --frames")
+    parser.add_argument(
+        "--max-frames", type=int, default=defaults.max_frames, help="with --fps; the whole clip is covered"
+    )
     parser.add_argument("--short-side", type=int, default=defaults.short_side, help="pixels; never enlarged")
     parser.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality, 1 to 100")
     parser.add_argument("--samples-per-shard", type=int, default=defaults.samples_per_shard)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -26,7 +27,7 @@ from miles_fast.data.shards import SampleError, build_index, expand_shards
 from miles_fast.files import write_whole
 
 # Part of the plan: a change of what is written for the same input must not mix with shards written before it.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class PreparationError(ValueError):
@@ -35,9 +36,14 @@ class PreparationError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationOptions:
-    """Frames kept of each clip, their short side in pixels (never enlarged), JPEG quality, clips a shard."""
+    """Frames kept of each clip, their short side in pixels (never enlarged), JPEG quality, clips a shard.
+
+    With `fps`, one frame for every 1 / fps s of the clip, at most `max_frames`, instead of `frames`.
+    """
 
     frames: int = 8
+    fps: float | None = None
+    max_frames: int = 32
     short_side: int = 256
     quality: int = 90
     samples_per_shard: int = 512
@@ -46,10 +52,12 @@ class PreparationOptions:
     allow_hdr: bool = False
 
     def __post_init__(self):
-        for name in ("frames", "short_side", "samples_per_shard", "workers", "limit"):
+        for name in ("frames", "max_frames", "short_side", "samples_per_shard", "workers", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PreparationError(f"{name} is {value}; it must be at least 1")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise PreparationError(f"fps is {self.fps}; it must be a number above 0")
         if not 1 <= self.quality <= 100:
             raise PreparationError(f"quality is {self.quality}; JPEG quality goes from 1 to 100")
 

@@ -76,7 +76,10 @@ class Track:
         return entries
 
     def seconds(self, time_base: Fraction, rate: Fraction | None) -> list[float]:
-        """Time of every frame from the first one on, and the clip's duration."""
+        """Time of every frame from the first one on, and the clip's duration.
+
+        A last frame without a duration lasts as long as one at `rate`, else as the mean of the others.
+        """
         step = 1 / rate if rate else Fraction(0)
         if not self.timed:
             return [round(float(rank * step), 6) for rank in range(self.num_frames + 1)]
@@ -84,5 +87,7 @@ class Track:
             packet for packet in self.packets if packet.pts == self.times[-1] and not packet.is_discard
         )
         offsets = [(time - self.times[0]) * time_base for time in self.times]
+        if not step and self.num_frames > 1:
+            step = offsets[-1] / (self.num_frames - 1)
         offsets.append(offsets[-1] + (last.duration * time_base if last.duration else step))
         return [round(float(offset), 6) for offset in offsets]

@@ -25,6 +25,19 @@ _MAX_PIXELS = 8192 * 8192
 _JUMP_FRAMES = 4
 
 
+@dataclass(frozen=True)
+class ByTime:
+    """A choice of frames that looks at their times.
+
+    `choose` takes (num_frames + 1,) seconds, from 0 on: when each frame appears, and when the last one ends.
+    """
+
+    choose: Callable[[np.ndarray], np.ndarray]
+
+
+Choice = Callable[[int], np.ndarray] | ByTime
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipInfo:
     """What a clip is: sizes after rotation, times from the first frame, a timestamp per chosen frame."""
@@ -40,12 +53,14 @@ class ClipInfo:
 
 def read_frames(
     source: bytes | str | Path,
-    choose: Callable[[int], np.ndarray],
+    choose: Choice,
     *,
     allow_hdr: bool = False,
     name: str | None = None,
 ) -> tuple[list[np.ndarray], ClipInfo]:
     """Decode the frames that `choose(num_frames)` names: indices in order of display, which may repeat.
+
+    A choice `ByTime` gets the times of the frames instead of their number.
 
     `source` is a path or the bytes of a file; `name` stands in messages. Frames are (H, W, 3) uint8 RGB;
     rotation is applied, transparency is laid on white. Frames are counted from the packets, never from the
@@ -59,8 +74,9 @@ def read_frames(
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
     with _opened(source, name) as container:
         stream, track = _stream_and_track(container, allow_hdr, name)
-        chosen = _chosen(choose, track, name)
-        return _read(stream, track, chosen, allow_hdr, name)
+        seconds = track.seconds(stream.time_base, stream.average_rate or stream.guessed_rate)
+        chosen = _chosen(choose, seconds, name)
+        return _read(stream, track, chosen, seconds, allow_hdr, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +89,7 @@ class EncodedVideo:
     width: int
 
 
-def locate_frames(
-    source: bytes, choose: Callable[[int], np.ndarray], *, name: str | None = None
-) -> EncodedVideo | None:
+def locate_frames(source: bytes, choose: Choice, *, name: str | None = None) -> EncodedVideo | None:
     """What NVDEC needs to decode the frames that `read_frames` would, decoding the first one alone.
 
     None for a video that the hardware would decode to something else or not at all: another codec, more than
@@ -91,7 +105,8 @@ def locate_frames(
             return None
         if not track.timed or len(track.packets) != track.num_frames:
             return None
-        chosen = _chosen(choose, track, name)
+        seconds = track.seconds(stream.time_base, stream.average_rate or stream.guessed_rate)
+        chosen = _chosen(choose, seconds, name)
         first = _decode(context, track, [0], name)[0]
         refuse_hdr(first.color_trc, False, name)
         if first.rotation or (first.width, first.height) != (context.width, context.height):
@@ -133,15 +148,17 @@ def _stream_and_track(container, allow_hdr: bool, name: str) -> tuple[Any, Track
     return stream, Track(read_packets(container, stream, name))
 
 
-def _chosen(choose: Callable[[int], np.ndarray], track: Track, name: str) -> list[int]:
-    chosen = np.asarray(choose(track.num_frames), dtype=np.int64).reshape(-1).tolist()
-    if not chosen or min(chosen) < 0 or max(chosen) >= track.num_frames:
-        raise ValueError(f"{name}: frames {chosen} were chosen out of {track.num_frames}")
+def _chosen(choose: Choice, seconds: list[float], name: str) -> list[int]:
+    num_frames = len(seconds) - 1
+    named = choose.choose(np.array(seconds)) if isinstance(choose, ByTime) else choose(num_frames)
+    chosen = np.asarray(named, dtype=np.int64).reshape(-1).tolist()
+    if not chosen or min(chosen) < 0 or max(chosen) >= num_frames:
+        raise ValueError(f"{name}: frames {chosen} were chosen out of {num_frames}")
     return chosen
 
 
 def _read(
-    stream, track: Track, chosen: list[int], allow_hdr: bool, name: str
+    stream, track: Track, chosen: list[int], seconds: list[float], allow_hdr: bool, name: str
 ) -> tuple[list[np.ndarray], ClipInfo]:
     from av.video.reformatter import VideoReformatter
 
@@ -150,7 +167,6 @@ def _read(
     refuse_hdr(first.color_trc, allow_hdr, name)
     reformatter = VideoReformatter()
     pictures = {rank: _picture(frame, reformatter) for rank, frame in frames.items()}
-    seconds = track.seconds(stream.time_base, stream.average_rate or stream.guessed_rate)
     height, width = pictures[min(chosen)].shape[:2]
     info = ClipInfo(
         num_frames=track.num_frames,

@@ -175,6 +175,29 @@ def test_short_clips_keep_each_frame_once(tmp_path, write_tar, encode_video):
     assert pixels(shards[0].read("00.jpg")).shape == (48, 64, 3)
 
 
+def test_frames_are_chosen_by_the_time_they_are_shown(tmp_path, write_tar, encode_video):
+    # Ten frames in the first third of a second, then two that stand for a second each.
+    times = [*range(10), 30, 60]
+    video = encode_video(LEVELS, container="matroska", times=times)
+    tar = write_tar(tmp_path / "x.tar", [("a.mkv", video), ("a.txt", b"said")])
+    shards = ShardSet(prepare([tar], tmp_path / "out", alone(frames=4)).shards)
+    record = shards[0].record()
+    assert record["timestamps_seconds"] == pytest.approx([t / 30 for t in (7, 9, 30, 30)], abs=2e-3)
+    assert pixels(shards[0].read("02.jpg")).mean() == pytest.approx(LEVELS[10], abs=2)
+
+
+def test_frames_by_rate(tmp_path, write_tar, encode_video):
+    long, short = encode_video([10 + n for n in range(90)]), encode_video(LEVELS[:2])
+    members = [("a.mp4", long), ("a.txt", b"said"), ("b.mp4", short), ("b.txt", b"said")]
+    tar = write_tar(tmp_path / "x.tar", members)
+    shards = ShardSet(prepare([tar], tmp_path / "two", alone(fps=2)).shards)
+    seconds = shards[0].record()["timestamps_seconds"]
+    assert seconds == pytest.approx([(7 + 15 * n) / 30 for n in range(6)], abs=1e-3)
+    assert len(shards[1].frame_extensions()) == 1
+    shards = ShardSet(prepare([tar], tmp_path / "four", alone(fps=2, max_frames=3)).shards)
+    assert shards[0].record()["timestamps_seconds"] == pytest.approx([14 / 30, 44 / 30, 74 / 30], abs=1e-3)
+
+
 def test_prepared_shards_can_be_prepared_again(tars, tmp_path):
     first = prepare(tars, tmp_path / "first", alone()).shards
     shards = ShardSet(prepare(first, tmp_path / "second", alone(frames=2, short_side=16)).shards)
@@ -259,9 +282,11 @@ def test_bad_inputs(folder, tars, tmp_path, write_tar):
     twice = write_tar(tmp_path / "twice.tar", [("k00.mp4", b""), ("k00.txt", b"x")])
     with pytest.raises(PreparationError, match=r"twice.tar.*videos0.tar.*same key 'k00'"):
         prepare([*tars, twice], tmp_path / "out", alone())
-    for wrong in ({"frames": 0}, {"quality": 101}, {"samples_per_shard": 0}, {"workers": 0}, {"limit": 0}):
-        with pytest.raises(PreparationError, match=next(iter(wrong))):
-            alone(**wrong)
+    for name in ("frames", "max_frames", "fps", "samples_per_shard", "workers", "limit"):
+        with pytest.raises(PreparationError, match=name):
+            alone(**{name: 0})
+    with pytest.raises(PreparationError, match="quality is 101"):
+        alone(quality=101)
 
 
 def test_keys():
