@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--samples-per-shard", type=int, default=defaults.samples_per_shard)
     parser.add_argument("--workers", type=int, help="processes; all cores by default")
     parser.add_argument("--limit", type=int, help="stop after so many clips")
-    parser.add_argument("--allow-hdr", action="store_true", help="keep HDR videos, washed out")
+    parser.add_argument("--allow-hdr", action="store_true", help="keep HDR videos, mapped to bt709")
     given = vars(parser.parse_args())
     inputs, output, captions = given.pop("inputs"), given.pop("output"), given.pop("captions")
     try:

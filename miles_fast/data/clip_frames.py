@@ -35,7 +35,8 @@ def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]
 
     Frames are the ones shown at the middle of equal segments of the clip's time: `frames` segments, or with
     `fps` as many as last 1 / fps s each, `max_frames` at most. A clip with fewer frames than asked for keeps
-    each once. All frames have the size of the first one, its short side brought down to `short_side`.
+    each once. All frames have the size of the first one in square pixels, its short side brought down to
+    `short_side`.
     """
     most = options.frames if options.fps is None else options.max_frames
 
@@ -52,7 +53,7 @@ def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]
         frames = [Image.fromarray(array) for array in arrays]
     else:
         frames, info = _pictures(clip, choose_picture)
-    size = _fit(frames[0].size, options.short_side)
+    size = _fit(info.square_size, options.short_side)
     jpegs = [_jpeg(frame, size, options.quality) for frame in frames]
     record = {
         "key": key,
@@ -71,6 +72,8 @@ def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]
             "height": info.height,
         },
     }
+    if info.pixel_aspect != 1:
+        record["source"]["pixel_aspect"] = f"{info.pixel_aspect.numerator}:{info.pixel_aspect.denominator}"
     if len(clip.captions) > 1:
         record["captions"] = list(clip.captions)
     digits = max(2, len(str(most - 1)))
@@ -91,6 +94,7 @@ def _pictures(clip: Clip, choose: Callable[[int], np.ndarray]) -> tuple[list[Ima
         timestamps_seconds=(0.0,) * len(frames),
         rotation=0,
         codec="image",
+        square_size=frames[0].size,
     )
     return frames, info
 

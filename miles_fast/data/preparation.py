@@ -24,6 +24,7 @@ from pathlib import Path
 from miles_fast.data.clip_frames import encode_clip
 from miles_fast.data.clip_sources import FolderSource, TarSource
 from miles_fast.data.shards import SampleError, build_index, expand_shards
+from miles_fast.data.tone_map import missing_tone_map
 from miles_fast.files import write_whole
 
 # Part of the plan: a change of what is written for the same input must not mix with shards written before it.
@@ -90,6 +91,8 @@ def prepare(
     unusable input.
     """
     start = time.monotonic()
+    if options.allow_hdr and (lack := missing_tone_map()):
+        raise PreparationError(f"HDR videos cannot be mapped: {lack}, or do without --allow-hdr")
     source = _source([str(one) for one in inputs], captions)
     output = Path(output)
     num_samples = min(len(source), options.limit or len(source))

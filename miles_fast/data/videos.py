@@ -6,13 +6,15 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from miles_fast.data.shards import SampleError
-from miles_fast.data.video_track import Track, read_packets, refuse_hdr, video_stream
+from miles_fast.data.tone_map import HDR_TRANSFERS, refuse_dolby, refuse_hdr, tone_mapped
+from miles_fast.data.video_track import Track, pixel_aspect, read_packets, square_size, video_stream
 
 # Only containers that hold their media themselves: a playlist (HLS, concat) could name any file or address.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg"
@@ -40,7 +42,11 @@ Choice = Callable[[int], np.ndarray] | ByTime
 
 @dataclass(frozen=True, kw_only=True)
 class ClipInfo:
-    """What a clip is: sizes after rotation, times from the first frame, a timestamp per chosen frame."""
+    """What a clip is: sizes after rotation, times from the first frame, a timestamp per chosen frame.
+
+    `width` and `height` are those of the decoded frames; `square_size` (width, height) is how large the clip
+    is in square pixels, where `pixel_aspect` (width by height of a stored pixel, unrotated) is not 1.
+    """
 
     num_frames: int
     width: int
@@ -49,6 +55,8 @@ class ClipInfo:
     timestamps_seconds: tuple[float, ...]
     rotation: int
     codec: str
+    square_size: tuple[int, int]
+    pixel_aspect: Fraction = Fraction(1)
 
 
 def read_frames(
@@ -63,13 +71,14 @@ def read_frames(
     A choice `ByTime` gets the times of the frames instead of their number.
 
     `source` is a path or the bytes of a file; `name` stands in messages. Frames are (H, W, 3) uint8 RGB;
-    rotation is applied, transparency is laid on white. Frames are counted from the packets, never from the
-    header. One frame may be missing between decoded neighbours or at the end (hidden and dropped frames): its
-    neighbour stands in. The compressed video stream is held in memory and decoded on the calling thread
-    alone.
+    rotation is applied, transparency is laid on white, HDR is mapped to bt709 with `allow_hdr` and refused
+    without. Anamorphic pixels stay as they are stored: `square_size` tells the shape to resize to. Frames are
+    counted from the packets, never from the header. One frame may be missing between decoded neighbours or at
+    the end (hidden and dropped frames): its neighbour stands in. The compressed video stream is held in
+    memory and decoded on the calling thread alone.
 
-    Raises SampleError: not decodable, no video stream, no decoder, no frames, truncated, frame too large, hdr
-    video.
+    Raises SampleError: not decodable, no video stream, no decoder, no frames, truncated, frame too large,
+    pixel aspect, hdr video.
     """
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
     with _opened(source, name) as container:
@@ -81,7 +90,10 @@ def read_frames(
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedVideo:
-    """A video as its file holds it, and which frames are wanted of it, by their rank in display order."""
+    """A video as its file holds it, and which frames are wanted of it, by their rank in display order.
+
+    `height` and `width` are in square pixels, for the shape of crops.
+    """
 
     data: np.ndarray
     frames: np.ndarray
@@ -113,11 +125,12 @@ def locate_frames(source: bytes, choose: Choice, *, name: str | None = None) -> 
             return None
         if min(first.width, first.height) < _NVDEC_MIN_SIDE:
             return None
+        width, height = square_size(first.width, first.height, pixel_aspect(stream, name))
     return EncodedVideo(
         data=np.frombuffer(source, np.uint8),
         frames=np.array(chosen, np.int32),
-        height=first.height,
-        width=first.width,
+        height=height,
+        width=width,
     )
 
 
@@ -145,6 +158,7 @@ def _stream_and_track(container, allow_hdr: bool, name: str) -> tuple[Any, Track
     if context.width * context.height > _MAX_PIXELS:
         raise SampleError(f"{name}: frames of {context.width}x{context.height} pixels", "frame too large")
     refuse_hdr(context.color_trc, allow_hdr, name)
+    refuse_dolby(context.codec_tag.lower(), name)
     return stream, Track(read_packets(container, stream, name))
 
 
@@ -166,8 +180,10 @@ def _read(
     first = frames[min(chosen)]
     refuse_hdr(first.color_trc, allow_hdr, name)
     reformatter = VideoReformatter()
-    pictures = {rank: _picture(frame, reformatter) for rank, frame in frames.items()}
+    pictures = {rank: _picture(frame, reformatter, name) for rank, frame in frames.items()}
     height, width = pictures[min(chosen)].shape[:2]
+    aspect = pixel_aspect(stream, name)
+    square = square_size(first.width, first.height, aspect)
     info = ClipInfo(
         num_frames=track.num_frames,
         width=width,
@@ -176,6 +192,8 @@ def _read(
         timestamps_seconds=tuple(seconds[rank] for rank in chosen),
         rotation=first.rotation,
         codec=stream.codec_context.codec.canonical_name,
+        square_size=square[::-1] if _turns(first.rotation) % 2 else square,
+        pixel_aspect=aspect,
     )
     return [pictures[rank] for rank in chosen], info
 
@@ -263,13 +281,20 @@ class _Feed:
             ) from error
 
 
-def _picture(frame, reformatter) -> np.ndarray:
-    """RGB pixels of one frame, transparency on white, turned upright."""
+def _picture(frame, reformatter, name: str) -> np.ndarray:
+    """RGB pixels of one frame, HDR mapped, transparency on white, turned upright."""
+    turns = _turns(frame.rotation)
+    if frame.color_trc in HDR_TRANSFERS:
+        frame = tone_mapped(frame, name)
     if any(component.is_alpha for component in frame.format.components):
         pixels = reformatter.reformat(frame, format="rgba", threads=1).to_ndarray().astype(np.uint16)
         alpha = pixels[..., 3:]
         picture = ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     else:
         picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(picture, turns))  # FFmpeg pads odd rows
+
+
+def _turns(rotation: int) -> int:
+    """Quarter turns to the left that set a picture upright."""
+    return round(rotation / 90) % 4
