@@ -21,6 +21,7 @@ def main() -> int:
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="tars (braces and globs), or one folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the frame shards go")
+    parser.add_argument("--caption-column", metavar="NAME", help="of --captions, where not `caption`")
     parser.add_argument(
         "--captions", metavar="FILE", help="csv, tsv, json or jsonl: the captions of a folder"
     )
@@ -37,9 +38,9 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="stop after so many clips")
     parser.add_argument("--allow-hdr", action="store_true", help="keep HDR videos, mapped to bt709")
     given = vars(parser.parse_args())
-    inputs, output, captions = given.pop("inputs"), given.pop("output"), given.pop("captions")
+    where = {name: given.pop(name) for name in ("inputs", "output", "captions", "caption_column")}
     try:
-        summary = prepare(inputs, output, PreparationOptions(**given), captions)
+        summary = prepare(options=PreparationOptions(**given), **where)
     except (PreparationError, ClipListError, ShardError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1

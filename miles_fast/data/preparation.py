@@ -83,9 +83,11 @@ def prepare(
     output: str | Path,
     options: PreparationOptions,
     captions: str | Path | None = None,
+    caption_column: str | None = None,
 ) -> Summary:
     """Write frame shards of tars (patterns), or of a folder and its caption file; say what became of them.
 
+    `caption_column` names the caption file's column or key where it is not `caption`.
     Finished shards of an earlier, interrupted call are kept. Raises PreparationError when the output belongs
     to another plan, keys repeat, the disk is full or no sample is usable; ShardError or ClipListError for
     unusable input.
@@ -93,7 +95,7 @@ def prepare(
     start = time.monotonic()
     if options.allow_hdr and (lack := missing_tone_map()):
         raise PreparationError(f"HDR videos cannot be mapped: {lack}, or do without --allow-hdr")
-    source = _source([str(one) for one in inputs], captions)
+    source = _source([str(one) for one in inputs], captions, caption_column)
     output = Path(output)
     num_samples = min(len(source), options.limit or len(source))
     plan = _plan(source, num_samples, options)
@@ -112,7 +114,9 @@ def prepare(
     return _report(output, [records[number] for number in sorted(records)], options, time.monotonic() - start)
 
 
-def _source(inputs: list[str], captions: str | Path | None) -> TarSource | FolderSource:
+def _source(
+    inputs: list[str], captions: str | Path | None, caption_column: str | None
+) -> TarSource | FolderSource:
     folders = [one for one in inputs if os.path.isdir(one)]
     if folders and (len(inputs) > 1 or captions is None):
         raise PreparationError(
@@ -120,7 +124,7 @@ def _source(inputs: list[str], captions: str | Path | None) -> TarSource | Folde
             "or tars as 'DIR/*.tar'"
         )
     if folders:
-        return FolderSource.open(Path(folders[0]), Path(captions))
+        return FolderSource.open(Path(folders[0]), Path(captions), caption_column)
     if captions is not None:
         raise PreparationError(
             f"--captions {captions} goes with a folder of clips; tars carry their captions"
@@ -129,7 +133,8 @@ def _source(inputs: list[str], captions: str | Path | None) -> TarSource | Folde
 
 
 def _plan(source: TarSource | FolderSource, num_samples: int, options: PreparationOptions) -> dict:
-    digest = hashlib.sha256(json.dumps([_FORMAT, options.planned()], sort_keys=True).encode())
+    planned = [_FORMAT, options.planned(), source.fingerprint()]
+    digest = hashlib.sha256(json.dumps(planned, sort_keys=True).encode())
     first: dict[str, int] = {}
     for sample in range(num_samples):
         key = source.key(sample)
