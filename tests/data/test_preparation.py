@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miles_fast.data import preparation
+from miles_fast.data import preparation, shard_writing
 from miles_fast.data.clip_list import ClipListError
 from miles_fast.data.clip_sources import safe_key
 from miles_fast.data.preparation import PreparationError, PreparationOptions, prepare
@@ -97,23 +97,26 @@ def test_same_input_same_bytes_for_any_workers(tars, tmp_path):
 def test_resume_keeps_finished_shards(tars, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare(tars, tmp_path / "whole", alone(samples_per_shard=4))
-    write_shard = preparation._write_shard
+    write_shard = shard_writing._write_shard
 
-    def stop_at_two(job, number, samples):
+    def stop_at_two(job, number, samples, tell):
         if number == 2:
             raise KeyboardInterrupt
-        return write_shard(job, number, samples)
+        return write_shard(job, number, samples, tell)
 
-    monkeypatch.setattr(preparation, "_write_shard", stop_at_two)
+    monkeypatch.setattr(shard_writing, "_write_shard", stop_at_two)
     with pytest.raises(KeyboardInterrupt):
         prepare(tars, out, alone(samples_per_shard=4))
     os.truncate(out / "00001.tar", 100)
     times = (out / "00000.tar").stat().st_mtime_ns
     written = []
     monkeypatch.setattr(
-        preparation,
+        shard_writing,
         "_write_shard",
-        lambda job, number, samples: (written.append(number), write_shard(job, number, samples))[1],
+        lambda job, number, samples, tell: (
+            written.append(number),
+            write_shard(job, number, samples, tell),
+        )[1],
     )
     summary = prepare(tars, out, alone(samples_per_shard=4))
     assert written == [1, 2] and summary.kept == 8
@@ -154,14 +157,14 @@ def test_nothing_usable(tmp_path, write_tar):
 
 
 def test_full_disk(tars, tmp_path, monkeypatch):
-    encode = preparation.encode_clip
+    encode = shard_writing.encode_clip
 
     def full(key, clip, options):
         if key == "k10":
             raise OSError(errno.ENOSPC, "No space left on device")
         return encode(key, clip, options)
 
-    monkeypatch.setattr(preparation, "encode_clip", full)
+    monkeypatch.setattr(shard_writing, "encode_clip", full)
     with pytest.raises(PreparationError, match="disk is full; finished shards are kept"):
         prepare(tars, tmp_path / "out", alone(samples_per_shard=5))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -169,7 +172,7 @@ def test_full_disk(tars, tmp_path, monkeypatch):
         "00000.idx",
         "00000.tar",
     ]
-    monkeypatch.setattr(preparation, "encode_clip", encode)
+    monkeypatch.setattr(shard_writing, "encode_clip", encode)
     assert prepare(tars, tmp_path / "out", alone(samples_per_shard=5)).kept == 8
 
 
