@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from miles_fast.data.shards import SampleError
-from miles_fast.data.tone_map import HDR_TRANSFERS, refuse_dolby, refuse_hdr, tone_mapped
-from miles_fast.data.video_track import Track, pixel_aspect, read_packets, square_size, video_stream
+from miles_fast.data.decoding import decode, opened, stream_and_track
+from miles_fast.data.frame_pixels import quarter_turns, upright_rgb
+from miles_fast.data.tone_map import refuse_hdr
+from miles_fast.data.video_track import Track, pixel_aspect, square_size
 
-# Only containers that hold their media themselves: a playlist (HLS, concat) could name any file or address.
-_CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg"
 # What NVDEC and DALI 2.4 decode (the names are those of FFmpeg's decoders).
 _NVDEC_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4"})
 _NVDEC_MIN_SIDE = 144  # pixels: what the H100 takes of every codec
-_MAX_PIXELS = 8192 * 8192
-# A jump to a key frame refills the decoder's reorder delay; below this many frames it is cheaper to decode
-# on.
-_JUMP_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -81,8 +73,8 @@ def read_frames(
     pixel aspect, hdr video.
     """
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
-    with _opened(source, name) as container:
-        stream, track = _stream_and_track(container, allow_hdr, name)
+    with opened(source, name) as container:
+        stream, track = stream_and_track(container, allow_hdr, name)
         seconds = track.seconds(stream.time_base, stream.average_rate or stream.guessed_rate)
         chosen = _chosen(choose, seconds, name)
         return _read(stream, track, chosen, seconds, allow_hdr, name)
@@ -110,8 +102,8 @@ def locate_frames(source: bytes, choose: Choice, *, name: str | None = None) -> 
     hdr video.
     """
     name = name or f"{len(source)} bytes"
-    with _opened(source, name) as container:
-        stream, track = _stream_and_track(container, False, name)
+    with opened(source, name) as container:
+        stream, track = stream_and_track(container, False, name)
         context = stream.codec_context
         if context.name not in _NVDEC_CODECS or context.pix_fmt not in ("yuv420p", "yuvj420p"):
             return None
@@ -119,7 +111,7 @@ def locate_frames(source: bytes, choose: Choice, *, name: str | None = None) -> 
             return None
         seconds = track.seconds(stream.time_base, stream.average_rate or stream.guessed_rate)
         chosen = _chosen(choose, seconds, name)
-        first = _decode(context, track, [0], name)[0]
+        first = decode(context, track, [0], name)[0]
         refuse_hdr(first.color_trc, False, name)
         if first.rotation or (first.width, first.height) != (context.width, context.height):
             return None
@@ -132,34 +124,6 @@ def locate_frames(source: bytes, choose: Choice, *, name: str | None = None) -> 
         height=height,
         width=width,
     )
-
-
-@contextlib.contextmanager
-def _opened(source: bytes | str | Path, name: str) -> Iterator[Any]:
-    """The file as a container of FFmpeg's, whose errors are SampleErrors."""
-    import av
-
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
-    except OSError as error:
-        raise SampleError(f"{name}: cannot be read ({error.strerror})", "not readable") from error
-    with file:
-        try:
-            options = {"format_whitelist": _CONTAINERS}
-            with av.open(file, mode="r", options=options, metadata_errors="replace") as container:
-                yield container
-        except (av.error.FFmpegError, OSError, UnicodeDecodeError) as error:
-            raise SampleError(f"{name}: cannot be decoded ({error})", "not decodable") from error
-
-
-def _stream_and_track(container, allow_hdr: bool, name: str) -> tuple[Any, Track]:
-    stream = video_stream(container, name)
-    context = stream.codec_context
-    if context.width * context.height > _MAX_PIXELS:
-        raise SampleError(f"{name}: frames of {context.width}x{context.height} pixels", "frame too large")
-    refuse_hdr(context.color_trc, allow_hdr, name)
-    refuse_dolby(context.codec_tag.lower(), name)
-    return stream, Track(read_packets(container, stream, name))
 
 
 def _chosen(choose: Choice, seconds: list[float], name: str) -> list[int]:
@@ -176,11 +140,11 @@ def _read(
 ) -> tuple[list[np.ndarray], ClipInfo]:
     from av.video.reformatter import VideoReformatter
 
-    frames = _decode(stream.codec_context, track, sorted(set(chosen)), name)
+    frames = decode(stream.codec_context, track, sorted(set(chosen)), name)
     first = frames[min(chosen)]
     refuse_hdr(first.color_trc, allow_hdr, name)
     reformatter = VideoReformatter()
-    pictures = {rank: _picture(frame, reformatter, name) for rank, frame in frames.items()}
+    pictures = {rank: upright_rgb(frame, reformatter, name) for rank, frame in frames.items()}
     height, width = pictures[min(chosen)].shape[:2]
     aspect = pixel_aspect(stream, name)
     square = square_size(first.width, first.height, aspect)
@@ -192,109 +156,7 @@ def _read(
         timestamps_seconds=tuple(seconds[rank] for rank in chosen),
         rotation=first.rotation,
         codec=stream.codec_context.codec.canonical_name,
-        square_size=square[::-1] if _turns(first.rotation) % 2 else square,
+        square_size=square[::-1] if quarter_turns(first.rotation) % 2 else square,
         pixel_aspect=aspect,
     )
     return [pictures[rank] for rank in chosen], info
-
-
-def _decode(context, track: Track, wanted: list[int], name: str) -> dict:
-    """The frame of each wanted rank (sorted), jumping over what need not be decoded."""
-    frames, missing = _walk(context, track, wanted, track.entries, name)
-    if missing is not None and any(track.entries):
-        # A key frame that is none (a wrong flag, a missing reference) costs frames after a jump.
-        context.flush_buffers()
-        frames, missing = _walk(context, track, wanted, [0] * track.num_frames, name)
-    if missing is not None:
-        raise SampleError(
-            f"{name}: frame {missing} of {track.num_frames} has a packet, but it does not decode",
-            "missing frames",
-        )
-    damaged = [rank for rank, frame in frames.items() if frame.is_corrupt]
-    if damaged:
-        raise SampleError(f"{name}: frame {damaged[0]} of {track.num_frames} is damaged", "not decodable")
-    return frames
-
-
-def _walk(context, track: Track, wanted: list[int], entries: list[int], name: str) -> tuple[dict, int | None]:
-    """Frames by rank, and the first rank that has no decoded frame beside it, if any."""
-    found: dict = {}
-    feed = _Feed(context, track, name)
-    before = at = None
-    for rank in wanted:
-        if at is None or at[0] < rank:
-            if entries[rank] > feed.position + _JUMP_FRAMES:
-                feed.jump(entries[rank])
-                before = at = None
-            while at is None or at[0] < rank:
-                before, at = at or before, feed.next()
-                if at is None:
-                    break
-        near = [pair for pair in (at, before) if pair is not None and abs(pair[0] - rank) <= 1]
-        if not near:
-            return found, rank
-        found[rank] = min(near, key=lambda pair: abs(pair[0] - rank))[1]
-    return found, None
-
-
-class _Feed:
-    """Feeds packets to the decoder from a position on and hands out (rank, frame) as they come."""
-
-    def __init__(self, context, track: Track, name: str):
-        self.context, self.track, self.name = context, track, name
-        self.position = 0
-        self._ready: list = []
-        self._count = 0
-
-    def jump(self, position: int) -> None:
-        self.context.flush_buffers()
-        self.position = position
-        self._ready = []
-
-    def next(self) -> tuple[int, object] | None:
-        while not self._ready:
-            if self.position > len(self.track.packets):
-                return None
-            self._ready = [(self._rank(frame), frame) for frame in self._decoded()]
-            self._ready = [pair for pair in self._ready if pair[0] is not None]
-        return self._ready.pop(0)
-
-    def _rank(self, frame) -> int | None:
-        self._count += 1
-        if not self.track.timed:
-            return self._count - 1
-        return self.track.ranks.get(frame.dts if frame.pts is None else frame.pts)
-
-    def _decoded(self) -> list:
-        import av
-
-        packets, position = self.track.packets, self.position
-        self.position += 1
-        try:
-            return self.context.decode(packets[position] if position < len(packets) else None)
-        except av.error.FFmpegError as error:
-            if position == len(packets) - 1:
-                return []
-            raise SampleError(
-                f"{self.name}: packet {position} of {len(packets)} does not decode ({error.strerror})",
-                "not decodable",
-            ) from error
-
-
-def _picture(frame, reformatter, name: str) -> np.ndarray:
-    """RGB pixels of one frame, HDR mapped, transparency on white, turned upright."""
-    turns = _turns(frame.rotation)
-    if frame.color_trc in HDR_TRANSFERS:
-        frame = tone_mapped(frame, name)
-    if any(component.is_alpha for component in frame.format.components):
-        pixels = reformatter.reformat(frame, format="rgba", threads=1).to_ndarray().astype(np.uint16)
-        alpha = pixels[..., 3:]
-        picture = ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    else:
-        picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.ascontiguousarray(np.rot90(picture, turns))  # FFmpeg pads odd rows
-
-
-def _turns(rotation: int) -> int:
-    """Quarter turns to the left that set a picture upright."""
-    return round(rotation / 90) % 4
