@@ -2,16 +2,19 @@
 
 python launch/prepare.py 'videos/{00000..00041}.tar' --output data/webvid
 python launch/prepare.py clips/ --captions clips/captions.csv --output data/clips
+python launch/prepare.py 'data/clips/*.tar' --look --output page.html
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from miles_fast.data.clip_list import ClipListError
 from miles_fast.data.preparation import PreparationError, PreparationOptions, prepare
-from miles_fast.data.shards import ShardError
+from miles_fast.data.sample_page import write_sample_page
+from miles_fast.data.shards import ShardError, expand_shards
 
 
 def main() -> int:
@@ -22,26 +25,47 @@ def main() -> int:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="tars (braces and globs), or one folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the frame shards go")
     parser.add_argument(
+        "--look", action="store_true", help="only write a page (--output PAGE.html) of 40 samples of shards"
+    )
+    parser.add_argument("--caption-column", metavar="NAME", help="of --captions, where not `caption`")
+    parser.add_argument(
         "--captions", metavar="FILE", help="csv, tsv, json or jsonl: the captions of a folder"
     )
-    parser.add_argument("--frames", type=int, default=defaults.frames, help="frames kept of each clip")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--frames", type=int, default=defaults.frames, help="frames kept of each clip")
+    chosen.add_argument("--fps", type=float, help="frames kept of each second, instead of --frames")
+    parser.add_argument(
+        "--max-frames", type=int, default=defaults.max_frames, help="with --fps; the whole clip is covered"
+    )
     parser.add_argument("--short-side", type=int, default=defaults.short_side, help="pixels; never enlarged")
     parser.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality, 1 to 100")
     parser.add_argument("--samples-per-shard", type=int, default=defaults.samples_per_shard)
     parser.add_argument("--workers", type=int, help="processes; all cores by default")
     parser.add_argument("--limit", type=int, help="stop after so many clips")
-    parser.add_argument("--allow-hdr", action="store_true", help="keep HDR videos, washed out")
+    parser.add_argument("--allow-hdr", action="store_true", help="keep HDR videos, mapped to bt709")
     given = vars(parser.parse_args())
-    inputs, output, captions = given.pop("inputs"), given.pop("output"), given.pop("captions")
+    where = {name: given.pop(name) for name in ("inputs", "output", "captions", "caption_column")}
     try:
-        summary = prepare(inputs, output, PreparationOptions(**given), captions)
+        if given.pop("look"):
+            return look(where["inputs"], Path(where["output"]))
+        summary = prepare(options=PreparationOptions(**given), **where)
     except (PreparationError, ClipListError, ShardError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
     print(
         f"{summary.kept} clips in {len(summary.shards)} shards, {summary.num_bytes / 1e6:.1f} MB, "
-        f"{summary.seconds:.0f} s; dropped {sum(summary.dropped.values())} {summary.dropped or ''}"
+        f"{summary.seconds:.0f} s, {summary.clips_per_second:.1f} clips/s; dropped "
+        f"{sum(summary.dropped.values())} {summary.dropped or ''}; look at "
+        f"{Path(where['output']) / 'sample.html'} before you train"
     )
+    return 0
+
+
+def look(shards: list[str], page: Path) -> int:
+    """Write a page of samples of existing shards."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_sample_page(expand_shards(shards), page, seed="look", about=" ".join(shards))
+    print(f"wrote {page}")
     return 0
 
 

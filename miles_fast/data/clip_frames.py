@@ -1,4 +1,4 @@
-"""One clip as the members of a frame shard: its middle-of-segment frames as JPEG, its caption, its json."""
+"""One clip as the members of a frame shard: the frames shown at even times as JPEG, its caption, its json."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from miles_fast.data.clip_sources import Clip
-from miles_fast.data.sampling import segment_frames
+from miles_fast.data.sampling import segment_frames, timed_frames
 from miles_fast.data.shards import SampleError
-from miles_fast.data.videos import ClipInfo, read_frames
+from miles_fast.data.videos import ByTime, ClipInfo, read_frames
 
 
 class FrameOptions(Protocol):
     """What `encode_clip` needs to know; PreparationOptions has it."""
 
     frames: int
+    fps: float | None
+    max_frames: int
     short_side: int
     quality: int
     allow_hdr: bool
@@ -31,19 +33,27 @@ class FrameOptions(Protocol):
 def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]:
     """Members by extension: 00.jpg ..., txt (the first caption) and json. Raises SampleError.
 
-    A clip with fewer frames than asked for keeps each once. All frames have the size of the first one,
-    its short side brought down to `short_side`.
+    Frames are the ones shown at the middle of equal segments of the clip's time: `frames` segments, or with
+    `fps` as many as last 1 / fps s each, `max_frames` at most. A clip with fewer frames than asked for keeps
+    each once. All frames have the size of the first one in square pixels, its short side brought down to
+    `short_side`.
     """
+    most = options.frames if options.fps is None else options.max_frames
 
-    def choose(available: int) -> np.ndarray:
-        return segment_frames(available, min(options.frames, available))
+    def choose(seconds: np.ndarray) -> np.ndarray:
+        if options.fps is None:
+            return timed_frames(seconds, most)
+        return timed_frames(seconds, min(most, max(1, round(float(seconds[-1]) * options.fps))))
+
+    def choose_picture(available: int) -> np.ndarray:
+        return segment_frames(available, min(most, available))
 
     if clip.video is not None:
-        arrays, info = read_frames(clip.video, choose, allow_hdr=options.allow_hdr, name=clip.name)
+        arrays, info = read_frames(clip.video, ByTime(choose), allow_hdr=options.allow_hdr, name=clip.name)
         frames = [Image.fromarray(array) for array in arrays]
     else:
-        frames, info = _pictures(clip, choose)
-    size = _fit(frames[0].size, options.short_side)
+        frames, info = _pictures(clip, choose_picture)
+    size = _fit(info.square_size, options.short_side)
     jpegs = [_jpeg(frame, size, options.quality) for frame in frames]
     record = {
         "key": key,
@@ -62,9 +72,11 @@ def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]
             "height": info.height,
         },
     }
+    if info.pixel_aspect != 1:
+        record["source"]["pixel_aspect"] = f"{info.pixel_aspect.numerator}:{info.pixel_aspect.denominator}"
     if len(clip.captions) > 1:
         record["captions"] = list(clip.captions)
-    digits = max(2, len(str(options.frames - 1)))
+    digits = max(2, len(str(most - 1)))
     members = {f"{number:0{digits}d}.jpg": jpeg for number, jpeg in enumerate(jpegs)}
     members["txt"] = clip.captions[0].encode("utf-8", "replace")
     members["json"] = json.dumps(record, sort_keys=True).encode()
@@ -82,6 +94,7 @@ def _pictures(clip: Clip, choose: Callable[[int], np.ndarray]) -> tuple[list[Ima
         timestamps_seconds=(0.0,) * len(frames),
         rotation=0,
         codec="image",
+        square_size=frames[0].size,
     )
     return frames, info
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -60,6 +61,10 @@ class TarSource:
     def describe(self, sample: int) -> str:
         return str(self.shards[sample])
 
+    def fingerprint(self) -> list:
+        """What the plan must know of the input beside the samples' keys and identities."""
+        return [[path.name, path.stat().st_size] for path in self.shards.paths]
+
     def load(self, sample: int) -> Clip:
         found = self.shards[sample]
         video, pictures = None, ()
@@ -81,8 +86,8 @@ class FolderSource:
     keys: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path, captions: Path) -> FolderSource:
-        clips = tuple(list_clips(folder, captions))
+    def open(cls, folder: Path, captions: Path, caption_column: str | None = None) -> FolderSource:
+        clips = tuple(list_clips(folder, captions, caption_column))
         names = [clip.file or clip.name for clip in clips]
         keys = [safe_key(os.path.splitext(name)[0]) for name in names]
         times = Counter(keys)
@@ -101,6 +106,11 @@ class FolderSource:
 
     def describe(self, sample: int) -> str:
         return f"{self.folder / self.identity(sample)}"
+
+    def fingerprint(self) -> list:
+        """What the plan must know of the input beside the samples' keys and identities: the captions."""
+        said = json.dumps([clip.captions for clip in self.clips])
+        return [hashlib.sha256(said.encode()).hexdigest()]
 
     def load(self, sample: int) -> Clip:
         clip = self.clips[sample]

@@ -136,7 +136,7 @@ def _read_video(
         if video is not None:
             return video, video.height, video.width
     frames, info = read_frames(data, choose, name=str(sample))
-    return frames, info.height, info.width
+    return frames, info.square_size[1], info.square_size[0]
 
 
 def _read_images(

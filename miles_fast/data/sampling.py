@@ -36,6 +36,27 @@ def segment_frames(
     return stream.integers(first, last + 1)
 
 
+def timed_frames(seconds: np.ndarray, num_frames: int) -> np.ndarray:
+    """Indices of at most `num_frames` frames, those shown at the middle of equal segments of time, in order.
+
+    `seconds` (N + 1,) are the times at which the N frames appear and at which the last one ends. At a
+    constant rate (no frame further than half a frame from its place) these are the frames of
+    `segment_frames`. A frame that is shown for long may be chosen more than once; a clip of no more than
+    `num_frames` frames gives each of them once. Raises ValueError when either count is below 1.
+    """
+    available = len(seconds) - 1
+    num_frames = min(num_frames, available)
+    by_index = segment_frames(available, num_frames)
+    length = float(seconds[-1] - seconds[0])
+    if num_frames == available or length <= 0:
+        return by_index
+    starts = np.asarray(seconds[:-1], dtype=np.float64) - seconds[0]
+    if np.abs(starts - np.arange(available) * (length / available)).max() <= length / available / 2:
+        return by_index
+    middles = (np.arange(num_frames) + 0.5) * (length / num_frames)
+    return np.searchsorted(starts, middles, side="right") - 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class View:
     """Crop as fractions of the frame (start and end, y before x) and whether the clip is mirrored."""

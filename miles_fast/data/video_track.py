@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from miles_fast.data.shards import SampleError
 
-_HDR_TRANSFERS = {16: "smpte2084 (PQ)", 18: "arib-std-b67 (HLG)"}
+_MAX_PIXEL_ASPECT = 8  # beyond that a header is wrong rather than a lens anamorphic
 
 
 def video_stream(container, name: str):
@@ -24,13 +24,23 @@ def video_stream(container, name: str):
     return stream
 
 
-def refuse_hdr(transfer: int, allow_hdr: bool, name: str) -> None:
-    if not allow_hdr and transfer in _HDR_TRANSFERS:
+def pixel_aspect(stream, name: str) -> Fraction:
+    """Width of a stored pixel by its height; the container's word goes before the codec's."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    if not 1 / _MAX_PIXEL_ASPECT <= aspect <= _MAX_PIXEL_ASPECT:
         raise SampleError(
-            f"{name}: HDR video, transfer {_HDR_TRANSFERS[transfer]}, would come out washed out; convert "
-            "it to bt709 first, or allow_hdr",
-            "hdr video",
+            f"{name}: its header wants pixels {aspect.numerator}:{aspect.denominator} wide; correct it "
+            "(`ffmpeg -i IN -c copy -aspect W:H OUT`)",
+            "pixel aspect",
         )
+    return aspect
+
+
+def square_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
+    """(width, height) in square pixels of a picture as it is stored; nothing is made smaller."""
+    if aspect >= 1:
+        return round(width * aspect), height
+    return width, round(height / aspect)
 
 
 def read_packets(container, stream, name: str) -> list:
@@ -38,8 +48,9 @@ def read_packets(container, stream, name: str) -> list:
     packets = [packet for packet in container.demux(stream) if packet.size]
     if all(packet.is_discard for packet in packets):
         raise SampleError(f"{name}: its video stream holds no frames", "no frames")
-    # Only mp4 keeps a table of its frames; the counts of other headers are guesses.
-    promised = stream.frames if container.format.name.startswith("mov") else 0
+    # Only mp4 keeps a table of its frames; the counts of other headers are guesses. The index has what an
+    # edit list leaves of that table, and what the fragments seen so far add to it.
+    promised = len(stream.index_entries) if container.format.name.startswith("mov") else 0
     if packets[-1].is_corrupt or len(packets) + 1 < promised:
         raise SampleError(
             f"{name}: ends after {len(packets)} of {promised or 'more'} frames; fetch it again", "truncated"
@@ -76,7 +87,10 @@ class Track:
         return entries
 
     def seconds(self, time_base: Fraction, rate: Fraction | None) -> list[float]:
-        """Time of every frame from the first one on, and the clip's duration."""
+        """Time of every frame from the first one on, and the clip's duration.
+
+        A last frame without a duration lasts as long as one at `rate`, else as the mean of the others.
+        """
         step = 1 / rate if rate else Fraction(0)
         if not self.timed:
             return [round(float(rank * step), 6) for rank in range(self.num_frames + 1)]
@@ -84,5 +98,7 @@ class Track:
             packet for packet in self.packets if packet.pts == self.times[-1] and not packet.is_discard
         )
         offsets = [(time - self.times[0]) * time_base for time in self.times]
+        if not step and self.num_frames > 1:
+            step = offsets[-1] / (self.num_frames - 1)
         offsets.append(offsets[-1] + (last.duration * time_base if last.duration else step))
         return [round(float(offset), 6) for offset in offsets]

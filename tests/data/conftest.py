@@ -64,8 +64,18 @@ def write_tar() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def real_clips() -> Path:
     """Folder of the real clips; tests that need it skip where it is absent."""
+    return _shared("clips", "manifest.json")
+
+
+@pytest.fixture(scope="session")
+def real_captions() -> Path:
+    """Folder of the data sets' own caption files; tests that need it skip where it is absent."""
+    return _shared("captions", "webvid_sample_20.csv")
+
+
+def _shared(name: str, mark: str) -> Path:
     shared = os.environ.get("MILES_FAST_SHARED") or Path(__file__).resolve().parents[2].parent / "shared"
-    folder = Path(shared) / "clips"
-    if not (folder / "manifest.json").is_file():
-        pytest.skip(f"the real clips are not at {folder} (MILES_FAST_SHARED names another place)")
+    folder = Path(shared) / name
+    if not (folder / mark).is_file():
+        pytest.skip(f"the real {name} are not at {folder} (MILES_FAST_SHARED names another place)")
     return folder

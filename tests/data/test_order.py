@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from miles_fast.data.order import Share, draw_at, substitute
-from miles_fast.data.sampling import evaluation_view, sample_stream, segment_frames, training_view
+from miles_fast.data.sampling import (
+    evaluation_view,
+    sample_stream,
+    segment_frames,
+    timed_frames,
+    training_view,
+)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -85,3 +91,23 @@ def test_crops_stay_inside_and_keep_scale_and_aspect():
 def test_evaluation_takes_the_centre_square():
     view = evaluation_view(240, 320)
     assert view.start_yx == (0, 0.125) and view.end_yx == (1, 0.875) and not view.mirror
+
+
+@pytest.mark.parametrize("available", [1, 3, 8, 10, 12, 100, 301])
+def test_frames_by_time_are_those_by_index_at_a_constant_rate(available):
+    jitter = np.random.default_rng(0).integers(0, 2, available + 1) / 1000  # a millisecond's rounding
+    seconds = np.arange(available + 1) / 25 + np.maximum.accumulate(jitter)
+    for wanted in (1, 4, 8, 16):
+        expected = segment_frames(available, min(wanted, available))
+        assert timed_frames(seconds, wanted).tolist() == expected.tolist()
+
+
+def test_frames_by_time_at_a_variable_rate():
+    # A still of 8 s, then eight frames in the last second: three of four segments lie in the still.
+    seconds = np.array([0, 8, 8.125, 8.25, 8.375, 8.5, 8.625, 8.75, 8.875, 9])
+    assert timed_frames(seconds, 4).tolist() == [0, 0, 0, 0]
+    assert timed_frames(seconds, 6).tolist() == [0, 0, 0, 0, 0, 3]  # middles .75, 2.25, ..., 8.25
+    assert timed_frames(seconds, 9).tolist() == list(range(9))
+    assert timed_frames(np.zeros(7), 3).tolist() == [0, 2, 4]  # no times at all: by index
+    with pytest.raises(ValueError, match="cannot choose"):
+        timed_frames(np.array([0.0]), 4)
