@@ -19,13 +19,17 @@ _MAX_KEY_BYTES = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """One clip to prepare: the bytes or path of its video, or its pictures, and what is said of it."""
+    """One clip to prepare: the bytes or path of its video, or its pictures, and what is said of it.
+
+    `crop` (width, height) is what a remuxed video shows of its frames.
+    """
 
     video: bytes | Path | None
     pictures: tuple[bytes | Path, ...]
     captions: tuple[str, ...]
     source: dict[str, str]
     name: str
+    crop: tuple[int, int] | None = None
 
 
 def safe_key(name: str) -> str:
@@ -67,14 +71,16 @@ class TarSource:
 
     def load(self, sample: int) -> Clip:
         found = self.shards[sample]
-        video, pictures = None, ()
+        video, pictures, crop = None, (), None
         captions = tuple(found.captions(every=True))
         if found.layout() == "video":
-            video = found.read(found.video_extension())
+            video, crop = found.read(found.video_extension()), found.crop(found.record())
         else:
             pictures = tuple(found.read(extension) for extension in found.frame_extensions())
         source = {"shard": found.shard.name}
-        return Clip(video=video, pictures=pictures, captions=captions, source=source, name=found.key)
+        return Clip(
+            video=video, pictures=pictures, captions=captions, source=source, name=found.key, crop=crop
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from miles_fast.data.clip_frames import encode_clip
 from miles_fast.data.clip_sources import FolderSource, TarSource
+from miles_fast.data.clip_videos import encode_video
 from miles_fast.data.preparation_options import PreparationError, PreparationOptions
 from miles_fast.data.shards import SampleError, build_index
 from miles_fast.files import write_whole
@@ -106,6 +107,7 @@ def _write_shard(job: Job, number: int, samples: range, tell: Callable[[], objec
 
     path = shard_path(job.output, number)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    encode = encode_clip if job.options.layout == "frames" else encode_video
     kept: list[str] = []
     dropped: list[dict] = []
     try:
@@ -116,7 +118,7 @@ def _write_shard(job: Job, number: int, samples: range, tell: Callable[[], objec
             for sample in samples:
                 key = job.source.key(sample)
                 try:
-                    members = encode_clip(key, job.source.load(sample), job.options)
+                    members = encode(key, job.source.load(sample), job.options)
                 except SampleError as error:
                     where = job.source.identity(sample)
                     dropped.append({"key": key, "source": where, "cause": error.cause, "message": str(error)})
