@@ -33,7 +33,8 @@ setup(
     ],
     extras_require={
         "dali": DALI,
+        "remote": ["fsspec", "aiohttp", "requests", "s3fs"],
         "gpu": [*DALI, "flash-attn-4[cu13]>=4.0.0b36,<5"],
-        "test": ["pytest", "pytest-timeout", "ruff"],
+        "test": ["aiohttp", "requests", "pytest", "pytest-timeout", "ruff"],
     },
 )

@@ -33,11 +33,20 @@ def main() -> int:
     )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--frames", type=int, default=defaults.frames, help="frames kept of each clip")
-    chosen.add_argument("--fps", type=float, help="frames kept of each second, instead of --frames")
+    chosen.add_argument("--fps", type=float, help="frames of each second, instead of --frames")
     parser.add_argument(
         "--max-frames", type=int, default=defaults.max_frames, help="with --fps; the whole clip is covered"
     )
     parser.add_argument("--short-side", type=int, default=defaults.short_side, help="pixels; never enlarged")
+    layout = parser.add_mutually_exclusive_group()
+    for name, does in (
+        ("remux", "write videos for NVDEC: H.264 and HEVC as they are, without cropping"),
+        ("transcode", "write videos for NVDEC: H.264 of --short-side, --fps and --gop"),
+    ):
+        layout.add_argument(
+            f"--{name}", action="store_const", dest="layout", const=name, default="frames", help=does
+        )
+    parser.add_argument("--gop", type=int, default=defaults.gop, help="--transcode: frames to a key frame")
     parser.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality, 1 to 100")
     parser.add_argument("--samples-per-shard", type=int, default=defaults.samples_per_shard)
     parser.add_argument("--workers", type=int, help="processes; all cores by default")

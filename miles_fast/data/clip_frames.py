@@ -49,7 +49,9 @@ def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]
         return segment_frames(available, min(most, available))
 
     if clip.video is not None:
-        arrays, info = read_frames(clip.video, ByTime(choose), allow_hdr=options.allow_hdr, name=clip.name)
+        arrays, info = read_frames(
+            clip.video, ByTime(choose), allow_hdr=options.allow_hdr, name=clip.name, crop=clip.crop
+        )
         frames = [Image.fromarray(array) for array in arrays]
     else:
         frames, info = _pictures(clip, choose_picture)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles_fast.data.clip_list import ListedClip, list_clips
+from miles_fast.data.preparation_options import PreparationError
 from miles_fast.data.shards import IMAGE_EXTENSIONS, SampleError, ShardSet
 
 # A ustar name holds 100 bytes; what is appended is a frame number and an extension.
@@ -19,13 +20,17 @@ _MAX_KEY_BYTES = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """One clip to prepare: the bytes or path of its video, or its pictures, and what is said of it."""
+    """One clip to prepare: the bytes or path of its video, or its pictures, and what is said of it.
+
+    `crop` (width, height) is what a remuxed video shows of its frames.
+    """
 
     video: bytes | Path | None
     pictures: tuple[bytes | Path, ...]
     captions: tuple[str, ...]
     source: dict[str, str]
     name: str
+    crop: tuple[int, int] | None = None
 
 
 def safe_key(name: str) -> str:
@@ -36,6 +41,20 @@ def safe_key(name: str) -> str:
         return key
     short = key.rpartition("/")[2].encode()[: _MAX_KEY_BYTES - 13].decode("utf-8", "ignore")
     return f"{short}_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def distinct_keys(source: TarSource | FolderSource, num_samples: int) -> list[str]:
+    """Keys of the first samples. Raises PreparationError where two are the same."""
+    first: dict[str, int] = {}
+    for sample in range(num_samples):
+        key = source.key(sample)
+        if key in first:
+            raise PreparationError(
+                f"{source.describe(first[key])} and {source.describe(sample)} have the same key {key!r} "
+                "(dots and spaces become _): rename one, or prepare them into separate outputs"
+            )
+        first[key] = sample
+    return list(first)
 
 
 @dataclass(frozen=True)
@@ -67,14 +86,16 @@ class TarSource:
 
     def load(self, sample: int) -> Clip:
         found = self.shards[sample]
-        video, pictures = None, ()
+        video, pictures, crop = None, (), None
         captions = tuple(found.captions(every=True))
         if found.layout() == "video":
-            video = found.read(found.video_extension())
+            video, crop = found.read(found.video_extension()), found.crop(found.record())
         else:
             pictures = tuple(found.read(extension) for extension in found.frame_extensions())
         source = {"shard": found.shard.name}
-        return Clip(video=video, pictures=pictures, captions=captions, source=source, name=found.key)
+        return Clip(
+            video=video, pictures=pictures, captions=captions, source=source, name=found.key, crop=crop
+        )
 
 
 @dataclass(frozen=True)

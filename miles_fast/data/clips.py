@@ -71,17 +71,19 @@ def read_clip(shards: ShardSet, number: int, draw: ClipDraw, stream: np.random.G
             "frames as two sources",
             "other layout",
         )
-    record = None if video else sample.record()
+    record = sample.record()
     captions = sample.captions(every=stream is not None, record=record)
     caption = captions[0] if stream is None else captions[int(stream.integers(len(captions)))]
-    if record is None:
-        frames, height, width = _read_video(sample, draw, stream)
+    if video:
+        frames, height, width = _read_video(sample, record, draw, stream)
     else:
         frames, height, width = _read_images(sample, record, draw.num_frames, stream)
     if stream is None:
         view = evaluation_view(height, width)
     else:
         view = training_view(stream, height, width, draw.crop_scale, draw.flip)
+    if isinstance(frames, EncodedVideo):
+        view = view.within(frames.shown_yx)
     return Clip(frames=frames, view=view, caption=caption, key=sample.key)
 
 
@@ -120,9 +122,12 @@ def bad_sample(sample: Sample, error: SampleError) -> BadSample:
 
 
 def _read_video(
-    sample: Sample, draw: ClipDraw, stream: np.random.Generator | None
+    sample: Sample, record: dict, draw: ClipDraw, stream: np.random.Generator | None
 ) -> tuple[Frames, int, int]:
     data = sample.read(sample.video_extension())
+    checksum, crop = record.get("video_crc32"), sample.crop(record)
+    if checksum is not None and zlib.crc32(data) != checksum:
+        raise SampleError(f"{sample}: its video differs from the checksum in KEY.json", "wrong checksum")
     chosen: dict[int, np.ndarray] = {}
 
     def choose(available: int) -> np.ndarray:
@@ -132,10 +137,10 @@ def _read_video(
         return chosen[available]
 
     if draw.takes == "video":
-        video = locate_frames(data, choose, name=str(sample))
+        video = locate_frames(data, choose, name=str(sample), crop=crop)
         if video is not None:
             return video, video.height, video.width
-    frames, info = read_frames(data, choose, name=str(sample))
+    frames, info = read_frames(data, choose, name=str(sample), crop=crop)
     return frames, info.square_size[1], info.square_size[0]
 
 

@@ -7,8 +7,11 @@ import numpy as np
 from miles_fast.data.tone_map import HDR_TRANSFERS, tone_mapped
 
 
-def upright_rgb(frame, reformatter, name: str) -> np.ndarray:
-    """RGB pixels of one frame, HDR mapped, transparency on white, turned upright."""
+def upright_rgb(frame, reformatter, name: str, crop: tuple[int, int] | None = None) -> np.ndarray:
+    """RGB pixels of one frame, HDR mapped, transparency on white, turned upright.
+
+    `crop` (width, height) is what is shown of the frame as it is stored, from its upper left corner.
+    """
     turns = quarter_turns(frame.rotation)
     if frame.color_trc in HDR_TRANSFERS:
         frame = tone_mapped(frame, name)
@@ -18,6 +21,8 @@ def upright_rgb(frame, reformatter, name: str) -> np.ndarray:
         picture = ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     else:
         picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    if crop is not None:
+        picture = picture[: crop[1], : crop[0]]
     return np.ascontiguousarray(np.rot90(picture, turns))  # FFmpeg pads odd rows
 
 

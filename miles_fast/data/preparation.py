@@ -13,13 +13,16 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from miles_fast.data.clip_sources import FolderSource, TarSource
+from miles_fast.data.clip_sources import FolderSource, TarSource, distinct_keys
+from miles_fast.data.fetching import RemoteTars, fetched, is_remote, local_name, shown
 from miles_fast.data.preparation_options import PreparationError, PreparationOptions
 from miles_fast.data.sample_page import write_sample_page
 from miles_fast.data.shard_writing import Job, finished_shard, shard_path, write_shards
@@ -65,15 +68,11 @@ def prepare(
     start = time.monotonic()
     if options.allow_hdr and (lack := missing_tone_map()):
         raise PreparationError(f"HDR videos cannot be mapped: {lack}, or do without --allow-hdr")
-    source = _source([str(one) for one in inputs], captions, caption_column)
     output = Path(output)
-    num_samples = min(len(source), options.limit or len(source))
+    source = _source([str(one) for one in inputs], captions, caption_column)
+    num_samples, ranges = _shares(source, options)
     plan = _plan(source, num_samples, options)
     with _claimed(output, plan):
-        ranges = [
-            range(first, min(first + options.samples_per_shard, num_samples))
-            for first in range(0, num_samples, options.samples_per_shard)
-        ]
         found = {number: finished_shard(output, number, plan["plan"]) for number in range(len(ranges))}
         records = {number: record for number, record in found.items() if record}
         missing = {number: samples for number, samples in enumerate(ranges) if number not in records}
@@ -81,15 +80,39 @@ def prepare(
         for record in write_shards(job, missing, num_samples):
             records[record["shard"]] = record
         ordered = [records[number] for number in sorted(records)]
-        summary = _report(output, ordered, options, time.monotonic() - start, sum(map(len, missing.values())))
+        done = [record for record in ordered if record["shard"] in missing]
+        num_done = sum(len(record["kept"]) + len(record["dropped"]) for record in done)
+        summary = _report(output, ordered, options, time.monotonic() - start, num_done)
         about = f"{summary.kept} kept, {sum(summary.dropped.values())} dropped {summary.dropped or ''}"
         write_sample_page(summary.shards, output / "sample.html", seed=plan["plan"], about=about)
     return summary
 
 
+def _shares(
+    source: TarSource | FolderSource | RemoteTars, options: PreparationOptions
+) -> tuple[int, list[range | None]]:
+    """How many samples there are, and which of them each shard takes; of remote tars one shard each."""
+    if isinstance(source, RemoteTars):
+        if options.limit is not None:
+            raise PreparationError("limit counts clips, which remote tars tell when fetched: name fewer tars")
+        return len(source.urls), [None] * len(source.urls)
+    num_samples, size = min(len(source), options.limit or len(source)), options.samples_per_shard
+    return num_samples, [
+        range(first, min(first + size, num_samples)) for first in range(0, num_samples, size)
+    ]
+
+
 def _source(
     inputs: list[str], captions: str | Path | None, caption_column: str | None
-) -> TarSource | FolderSource:
+) -> TarSource | FolderSource | RemoteTars:
+    remote = [one for one in inputs if is_remote(one)]
+    if remote:
+        if len(remote) < len(inputs) or captions is not None:
+            raise PreparationError(
+                f"{shown(remote[0])} is fetched: name addresses of tars alone, no local ones, no --captions"
+            )
+        return RemoteTars.open(remote)
+    inputs = [local_name(one) for one in inputs]
     folders = [one for one in inputs if os.path.isdir(one)]
     if folders and (len(inputs) > 1 or captions is None):
         raise PreparationError(
@@ -97,7 +120,11 @@ def _source(
             "or tars as 'DIR/*.tar'"
         )
     if folders:
-        return FolderSource.open(Path(folders[0]), Path(captions), caption_column)
+        with contextlib.ExitStack() as stack:
+            if is_remote(str(captions)):
+                here = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                captions = stack.enter_context(fetched(str(captions), here))
+            return FolderSource.open(Path(folders[0]), Path(local_name(str(captions))), caption_column)
     if captions is not None:
         raise PreparationError(
             f"--captions {captions} goes with a folder of clips; tars carry their captions"
@@ -105,19 +132,17 @@ def _source(
     return TarSource.open(expand_shards(inputs))
 
 
-def _plan(source: TarSource | FolderSource, num_samples: int, options: PreparationOptions) -> dict:
-    planned = [_FORMAT, options.planned(), source.fingerprint()]
+def _plan(
+    source: TarSource | FolderSource | RemoteTars, num_samples: int, options: PreparationOptions
+) -> dict:
+    planned = [_FORMAT, options.planned()]
     digest = hashlib.sha256(json.dumps(planned, sort_keys=True).encode())
-    first: dict[str, int] = {}
-    for sample in range(num_samples):
-        key = source.key(sample)
-        if key in first:
-            raise PreparationError(
-                f"{source.describe(first[key])} and {source.describe(sample)} have the same key {key!r} "
-                "(dots and spaces become _): rename one, or prepare them into separate outputs"
-            )
-        first[key] = sample
-        digest.update(json.dumps([key, source.identity(sample)]).encode())
+    if isinstance(source, RemoteTars):
+        digest.update(json.dumps([shown(url) for url in source.urls]).encode())
+    else:
+        digest.update(json.dumps(source.fingerprint()).encode())
+        for sample, key in enumerate(distinct_keys(source, num_samples)):
+            digest.update(json.dumps([key, source.identity(sample)]).encode())
     return {"plan": digest.hexdigest()[:16], "samples": num_samples, "options": options.planned()}
 
 
@@ -134,7 +159,10 @@ def _claimed(output: Path, plan: dict) -> Iterator[None]:
             ) from error
         for folder in (output, output / ".records"):
             for left_by_a_killed_one in folder.glob(".*.partial"):
-                left_by_a_killed_one.unlink()
+                if left_by_a_killed_one.is_dir():
+                    shutil.rmtree(left_by_a_killed_one)
+                else:
+                    left_by_a_killed_one.unlink()
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 
 class PreparationError(ValueError):
@@ -14,14 +15,18 @@ class PreparationError(ValueError):
 class PreparationOptions:
     """Frames kept of each clip, their short side in pixels (never enlarged), JPEG quality, clips a shard.
 
-    With `fps`, one frame for every 1 / fps s of the clip, at most `max_frames`, instead of `frames`.
+    With `fps`, one frame for every 1 / fps s of the clip, at most `max_frames`, instead of `frames`. Layout
+    `remux` and `transcode` write videos instead: the same packets without cropping, or H.264 of `short_side`,
+    `fps` (the clip's own times without) and a key frame every `gop` frames.
     """
 
+    layout: Literal["frames", "remux", "transcode"] = "frames"
     frames: int = 8
     fps: float | None = None
     max_frames: int = 32
     short_side: int = 256
     quality: int = 90
+    gop: int = 8
     samples_per_shard: int = 512
     workers: int | None = None
     limit: int | None = None
@@ -34,6 +39,14 @@ class PreparationOptions:
                 raise PreparationError(f"{name} is {value}; it must be at least 1")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise PreparationError(f"fps is {self.fps}; it must be a number above 0")
+        if self.layout not in ("frames", "remux", "transcode"):
+            raise PreparationError(f"layout is {self.layout!r}; it must be frames, remux or transcode")
+        if self.gop < 2:
+            raise PreparationError(
+                f"gop is {self.gop}; NVDEC fails on key frames alone: at least 2, 8 is fast"
+            )
+        if self.layout == "remux" and (self.fps is not None or self.allow_hdr):
+            raise PreparationError("remux keeps the frames as they are: leave out fps and allow_hdr")
         if not 1 <= self.quality <= 100:
             raise PreparationError(f"quality is {self.quality}; JPEG quality goes from 1 to 100")
 

@@ -74,7 +74,7 @@ def _pictures(sample: Sample, record: dict) -> tuple[list[Image.Image], list[str
     if sample.layout() == "video":
         data = sample.read(sample.video_extension())
         choice = ByTime(lambda seconds: timed_frames(seconds, _MAX_FRAMES))
-        arrays, info = read_frames(data, choice, name=str(sample))
+        arrays, info = read_frames(data, choice, name=str(sample), crop=sample.crop(record))
         times = [f"{seconds:.2f} s" for seconds in info.timestamps_seconds]
         shown = [Image.fromarray(array).resize(info.square_size) for array in arrays]
         size = f"{info.num_frames} frames, {info.width}x{info.height}, {len(data)} bytes"

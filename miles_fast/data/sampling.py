@@ -65,6 +65,14 @@ class View:
     end_yx: tuple[float, float]
     mirror: bool
 
+    def within(self, shown_yx: tuple[float, float]) -> View:
+        """The same view of a frame of which only the upper left part, so much of it, is shown."""
+        y, x = shown_yx
+        start, end = self.start_yx, self.end_yx
+        return View(
+            start_yx=(start[0] * y, start[1] * x), end_yx=(end[0] * y, end[1] * x), mirror=self.mirror
+        )
+
 
 def training_view(
     stream: np.random.Generator, height: int, width: int, scale: tuple[float, float], flip: float = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -16,9 +17,11 @@ from multiprocessing import connection
 from pathlib import Path
 
 from miles_fast.data.clip_frames import encode_clip
-from miles_fast.data.clip_sources import FolderSource, TarSource
+from miles_fast.data.clip_sources import FolderSource, TarSource, distinct_keys
+from miles_fast.data.clip_videos import encode_video
+from miles_fast.data.fetching import RemoteTars, fetched, shown
 from miles_fast.data.preparation_options import PreparationError, PreparationOptions
-from miles_fast.data.shards import SampleError, build_index
+from miles_fast.data.shards import SampleError, ShardError, build_index
 from miles_fast.files import write_whole
 
 
@@ -26,24 +29,26 @@ from miles_fast.files import write_whole
 class Job:
     """Clips to prepare, where to, how, and the plan that the records name."""
 
-    source: TarSource | FolderSource
+    source: TarSource | FolderSource | RemoteTars
     output: Path
     options: PreparationOptions
     plan: str
 
 
-def write_shards(job: Job, missing: dict[int, range], num_samples: int) -> Iterator[dict]:
+def write_shards(job: Job, missing: dict[int, range | None], num_samples: int) -> Iterator[dict]:
     """Write the missing shards (number -> samples) and yield the record of each as it is finished.
 
-    Shows clips done, their rate and the time left, out of `num_samples`. Raises PreparationError.
+    Shows clips done, their rate and the time left, out of `num_samples`; of remote tars, whose clips are not
+    known beforehand (samples None), tars. Raises PreparationError.
     """
     from tqdm import tqdm
 
     workers = min(job.options.workers or os.cpu_count() or 1, len(missing))
-    already = num_samples - sum(map(len, missing.values()))
+    already = num_samples - sum(1 if samples is None else len(samples) for samples in missing.values())
+    unit = "tar" if isinstance(job.source, RemoteTars) else "clip"
     seconds = 0.5 if sys.stderr.isatty() else 30.0  # a log wants fewer lines than a screen
     with tqdm(
-        total=num_samples, initial=already, unit="clip", desc=f"prepare {job.output}", mininterval=seconds
+        total=num_samples, initial=already, unit=unit, desc=f"prepare {job.output}", mininterval=seconds
     ) as bar:
         if workers > 1:
             yield from _write_beside(job, missing, workers, bar)
@@ -52,7 +57,7 @@ def write_shards(job: Job, missing: dict[int, range], num_samples: int) -> Itera
                 yield _write_shard(job, number, samples, bar.update)
 
 
-def _write_beside(job: Job, missing: dict[int, range], workers: int, bar) -> Iterator[dict]:
+def _write_beside(job: Job, missing: dict[int, range | None], workers: int, bar) -> Iterator[dict]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "webdataset"])
     count = context.Value("q", 0)
@@ -89,7 +94,7 @@ def _begin(job: Job, count) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _work(number: int, samples: range) -> dict:
+def _work(number: int, samples: range | None) -> dict:
     assert _work_of is not None
     job, count = _work_of
 
@@ -100,30 +105,54 @@ def _work(number: int, samples: range) -> dict:
     return _write_shard(job, number, samples, add)
 
 
-def _write_shard(job: Job, number: int, samples: range, tell: Callable[[], object]) -> dict:
-    """Write one shard with its index and its record; `tell` is called for every sample done."""
+@contextlib.contextmanager
+def _at_hand(
+    job: Job, number: int, samples: range | None
+) -> Iterator[tuple[TarSource | FolderSource, range]]:
+    """The source and the samples of one shard; a remote tar is here as long as this lasts."""
+    if not isinstance(job.source, RemoteTars):
+        assert samples is not None
+        yield job.source, samples
+        return
+    url = job.source.urls[number]
+    with fetched(url, job.output) as path:
+        try:
+            source = TarSource.open([path])
+        except ShardError as error:
+            raise PreparationError(f"{shown(url)}: {error}") from error
+        distinct_keys(source, len(source))
+        yield source, range(len(source))
+
+
+def _write_shard(job: Job, number: int, samples: range | None, tell: Callable[[], object]) -> dict:
+    """Write one shard with its index and its record; `tell` is called for every sample (remote tar) done."""
     from webdataset import TarWriter
 
     path = shard_path(job.output, number)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    encode = encode_clip if job.options.layout == "frames" else encode_video
     kept: list[str] = []
     dropped: list[dict] = []
     try:
         with (
+            _at_hand(job, number, samples) as (source, at_hand),
             open(partial, "wb") as file,
             TarWriter(file, user="miles", group="miles", mtime=0, encoder=False) as tar,
         ):
-            for sample in samples:
-                key = job.source.key(sample)
+            for sample in at_hand:
+                key = source.key(sample)
                 try:
-                    members = encode_clip(key, job.source.load(sample), job.options)
+                    members = encode(key, source.load(sample), job.options)
                 except SampleError as error:
-                    where = job.source.identity(sample)
+                    where = source.identity(sample)
                     dropped.append({"key": key, "source": where, "cause": error.cause, "message": str(error)})
                 else:
                     tar.write({"__key__": key, **members})
                     kept.append(key)
-                tell()
+                if samples is not None:
+                    tell()
+        if samples is None:
+            tell()
         if kept:
             os.replace(partial, path)
             build_index(path)

@@ -232,6 +232,18 @@ class Sample:
             raise SampleError(f"{self}: KEY.json is not JSON ({error})", "json not readable") from error
         return record if isinstance(record, dict) else {}
 
+    def crop(self, record: dict) -> tuple[int, int] | None:
+        """(width, height) that a remuxed video shows of its frames, from the upper left corner; None: all.
+
+        `record` is KEY.json. SampleError: wrong crop.
+        """
+        crop = record.get("crop")
+        if crop is None:
+            return None
+        if not (isinstance(crop, list) and len(crop) == 2 and all(isinstance(side, int) for side in crop)):
+            raise SampleError(f"{self}: `crop` in KEY.json is {crop}, not [width, height]", "wrong crop")
+        return crop[0], crop[1]
+
     def captions(self, *, every: bool = False, record: dict | None = None) -> list[str]:
         """Captions: the whole of KEY.txt, else `caption` or `captions` of KEY.json.
 

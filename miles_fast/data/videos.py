@@ -11,6 +11,7 @@ import numpy as np
 
 from miles_fast.data.decoding import decode, opened, stream_and_track
 from miles_fast.data.frame_pixels import quarter_turns, upright_rgb
+from miles_fast.data.shards import SampleError
 from miles_fast.data.tone_map import refuse_hdr
 from miles_fast.data.video_track import Track, pixel_aspect, square_size
 
@@ -57,10 +58,12 @@ def read_frames(
     *,
     allow_hdr: bool = False,
     name: str | None = None,
+    crop: tuple[int, int] | None = None,
 ) -> tuple[list[np.ndarray], ClipInfo]:
     """Decode the frames that `choose(num_frames)` names: indices in order of display, which may repeat.
 
-    A choice `ByTime` gets the times of the frames instead of their number.
+    A choice `ByTime` gets the times of the frames instead of their number. `crop` (width, height) is what a
+    remuxed clip shows of its frames (`crop` of its KEY.json).
 
     `source` is a path or the bytes of a file; `name` stands in messages. Frames are (H, W, 3) uint8 RGB;
     rotation is applied, transparency is laid on white, HDR is mapped to bt709 with `allow_hdr` and refused
@@ -77,23 +80,27 @@ def read_frames(
         stream, track = stream_and_track(container, allow_hdr, name)
         seconds = track.seconds(stream.time_base, stream.average_rate or stream.guessed_rate)
         chosen = _chosen(choose, seconds, name)
-        return _read(stream, track, chosen, seconds, allow_hdr, name)
+        return _read(stream, track, chosen, seconds, allow_hdr, name, crop)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedVideo:
     """A video as its file holds it, and which frames are wanted of it, by their rank in display order.
 
-    `height` and `width` are in square pixels, for the shape of crops.
+    `height` and `width` are in square pixels, for the shape of crops; `shown_yx` is the part of the decoded
+    frame that they are of, as fractions from its upper left corner.
     """
 
     data: np.ndarray
     frames: np.ndarray
     height: int
     width: int
+    shown_yx: tuple[float, float] = (1.0, 1.0)
 
 
-def locate_frames(source: bytes, choose: Choice, *, name: str | None = None) -> EncodedVideo | None:
+def locate_frames(
+    source: bytes, choose: Choice, *, name: str | None = None, crop: tuple[int, int] | None = None
+) -> EncodedVideo | None:
     """What NVDEC needs to decode the frames that `read_frames` would, decoding the first one alone.
 
     None for a video that the hardware would decode to something else or not at all: another codec, more than
@@ -117,13 +124,27 @@ def locate_frames(source: bytes, choose: Choice, *, name: str | None = None) -> 
             return None
         if min(first.width, first.height) < _NVDEC_MIN_SIDE:
             return None
-        width, height = square_size(first.width, first.height, pixel_aspect(stream, name))
+        shown = _shown(first, crop, name)
+        width, height = square_size(*shown, pixel_aspect(stream, name))
     return EncodedVideo(
         data=np.frombuffer(source, np.uint8),
         frames=np.array(chosen, np.int32),
         height=height,
         width=width,
+        shown_yx=(shown[1] / first.height, shown[0] / first.width),
     )
+
+
+def _shown(frame, crop: tuple[int, int] | None, name: str) -> tuple[int, int]:
+    """(width, height) of what is shown of a stored frame."""
+    if crop is None:
+        return frame.width, frame.height
+    if not (0 < crop[0] <= frame.width and 0 < crop[1] <= frame.height):
+        raise SampleError(
+            f"{name}: KEY.json crops it to {crop[0]}x{crop[1]}, its frames have {frame.width}x{frame.height}",
+            "wrong crop",
+        )
+    return crop
 
 
 def _chosen(choose: Choice, seconds: list[float], name: str) -> list[int]:
@@ -136,18 +157,25 @@ def _chosen(choose: Choice, seconds: list[float], name: str) -> list[int]:
 
 
 def _read(
-    stream, track: Track, chosen: list[int], seconds: list[float], allow_hdr: bool, name: str
+    stream,
+    track: Track,
+    chosen: list[int],
+    seconds: list[float],
+    allow_hdr: bool,
+    name: str,
+    crop: tuple[int, int] | None,
 ) -> tuple[list[np.ndarray], ClipInfo]:
     from av.video.reformatter import VideoReformatter
 
     frames = decode(stream.codec_context, track, sorted(set(chosen)), name)
     first = frames[min(chosen)]
     refuse_hdr(first.color_trc, allow_hdr, name)
+    shown = _shown(first, crop, name)
     reformatter = VideoReformatter()
-    pictures = {rank: upright_rgb(frame, reformatter, name) for rank, frame in frames.items()}
+    pictures = {rank: upright_rgb(frame, reformatter, name, crop) for rank, frame in frames.items()}
     height, width = pictures[min(chosen)].shape[:2]
     aspect = pixel_aspect(stream, name)
-    square = square_size(first.width, first.height, aspect)
+    square = square_size(*shown, aspect)
     info = ClipInfo(
         num_frames=track.num_frames,
         width=width,
