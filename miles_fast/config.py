@@ -27,18 +27,22 @@ class ConfigError(ValueError):
 
 @dataclass(**_OPTIONS)
 class SourceConfig:
-    """One set of tar shards; `shards` are glob or brace patterns, relative to the working directory."""
+    """One set of tar shards; `shards` are glob or brace patterns, relative to the working directory.
+
+    `weight` is the set's share of the optimizer steps, against the weights of the other training sets.
+    """
 
     shards: list[str] = Field(min_length=1)
     name: str = "train"
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 @dataclass(**_OPTIONS)
 class DataConfig:
     """Where clips come from and what is drawn of them.
 
-    Several `train` sources alternate, one optimizer step each (spec/miles.md 4.2). `demo_corpus` is a folder
-    in which the generated corpus is built when it is missing.
+    Several `train` sources take turns, one optimizer step each (spec/miles.md 4.2), in proportion to their
+    weights. `demo_corpus` is a folder in which the generated corpus is built when it is missing.
     """
 
     train: list[SourceConfig] = Field(min_length=1)

@@ -17,6 +17,7 @@ import torch
 from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.batches import Batch, BatchFinisher, Quarantine
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, Input
+from miles_fast.data.mixture import Mixture
 from miles_fast.data.order import Share, draw_at
 from miles_fast.data.reading import Pending, ReadingPool, Request, answer
 from miles_fast.data.shards import SampleError, ShardError, ShardSet, expand_shards
@@ -25,7 +26,7 @@ AHEAD = 2  # batches being read while one is handed over
 
 
 class Loader:
-    """Deals batches of the training sources, alternating between them by optimizer step."""
+    """Deals batches of the training sources, which take turns by optimizer step as their weights say."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class Loader:
     ) -> None:
         """`draw_masks(micro_step)` gives this rank's masks (B, M); micro steps count from 0 over the run."""
         self._shard_sets = [ShardSet(expand_shards(source.shards)) for source in data.train]
+        self._mixture = Mixture([source.weight for source in data.train])
         self._draws = [
             ClipDraw(
                 num_frames=data.frames_per_clip,
@@ -79,7 +81,7 @@ class Loader:
 
     def _request(self, micro_step: int) -> Request:
         step, micro = divmod(micro_step, self.share.accumulation)
-        turn, source = divmod(step, len(self._shard_sets))
+        source, turn = self._mixture.serve(step)
         num_samples, seed = len(self._shard_sets[source]), self._seed + source
         draws = tuple(draw_at(num_samples, seed, place) for place in self.share.places(turn, micro))
         return Request(source=source, draw=self._draws[source], items=draws, seed=seed)
