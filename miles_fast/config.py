@@ -43,11 +43,15 @@ class DataConfig:
 
     Several `train` sources take turns, one optimizer step each (spec/miles.md 4.2), in proportion to their
     weights. `demo_corpus` is a folder in which the generated corpus is built when it is missing.
+
+    `shuffle_shards`: each epoch goes through a set in windows of that many shards and shuffles the samples of
+    a window together; 0 shuffles all samples of the set. Unset it is 0.
     """
 
     train: list[SourceConfig] = Field(min_length=1)
     evaluation: list[SourceConfig] = Field(default_factory=list)
     demo_corpus: str | None = None
+    shuffle_shards: int | None = Field(default=None, ge=0)
     frames_per_clip: int = Field(default=4, ge=1)
     caption_tokens: int = Field(default=32, ge=3)
     crop_scale: tuple[float, float] = (0.5, 1.0)

@@ -18,7 +18,7 @@ from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.batches import Batch, BatchFinisher, Quarantine
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, Input
 from miles_fast.data.mixture import Mixture
-from miles_fast.data.order import Share, draw_at
+from miles_fast.data.order import SampleOrder, Share
 from miles_fast.data.reading import Pending, ReadingPool, Request, answer
 from miles_fast.data.shards import SampleError, ShardError, ShardSet, expand_shards
 
@@ -42,6 +42,10 @@ class Loader:
     ) -> None:
         """`draw_masks(micro_step)` gives this rank's masks (B, M); micro steps count from 0 over the run."""
         self._shard_sets = [ShardSet(expand_shards(source.shards)) for source in data.train]
+        self._orders = [
+            SampleOrder(shards.shard_ends, seed + source, data.shuffle_shards or 0)
+            for source, shards in enumerate(self._shard_sets)
+        ]
         self._mixture = Mixture([source.weight for source in data.train])
         self._draws = [
             ClipDraw(
@@ -52,7 +56,7 @@ class Loader:
             )
             for shards, source in zip(self._shard_sets, data.train, strict=True)
         ]
-        self.share, self.quarantine, self._seed, self._draw_masks = share, quarantine, seed, draw_masks
+        self.share, self.quarantine, self._draw_masks = share, quarantine, draw_masks
         self._finish = BatchFinisher(data, image_size, tokenizer, share.batch, device)
         self._prefetch = data.prefetch_batches
         self._num_workers = data.decode_workers
@@ -82,9 +86,9 @@ class Loader:
     def _request(self, micro_step: int) -> Request:
         step, micro = divmod(micro_step, self.share.accumulation)
         source, turn = self._mixture.serve(step)
-        num_samples, seed = len(self._shard_sets[source]), self._seed + source
-        draws = tuple(draw_at(num_samples, seed, place) for place in self.share.places(turn, micro))
-        return Request(source=source, draw=self._draws[source], items=draws, seed=seed)
+        order = self._orders[source]
+        draws = tuple(map(order.draw, self.share.places(turn, micro)))
+        return Request(source=source, draw=self._draws[source], items=draws, seed=order.seed)
 
     def _accept(self, answers: list[tuple[Clip, list[BadSample]]]) -> list[Clip]:
         for _, bad in answers:

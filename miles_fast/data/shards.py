@@ -138,6 +138,11 @@ class ShardSet:
             found.setdefault(name, place)
         return Sample(self, shard, key, found)
 
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """Number of samples up to the end of each shard."""
+        return self._shard_ends
+
     def descriptor(self, shard: int) -> _Descriptor:
         """Open file of a shard, kept open until many others were read."""
         with self._lock:
