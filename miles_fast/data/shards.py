@@ -6,7 +6,6 @@ Nothing is ever unpacked to disk.
 from __future__ import annotations
 
 import functools
-import glob
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from miles_fast.data.locations import expand_shards
 from miles_fast.data.shard_index import ShardError, build_index, load_listing
 
 __all__ = ["Sample", "SampleError", "ShardError", "ShardSet", "build_index", "expand_shards"]
@@ -38,30 +38,6 @@ class SampleError(ValueError):
 
     def __reduce__(self):
         return type(self), (str(self), self.cause)
-
-
-def expand_shards(patterns: str | Sequence[str]) -> list[Path]:
-    """Files that the patterns name (braces, then globs), each once, sorted. ShardError if there are none."""
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    found: set[Path] = set()
-    for pattern in [patterns] if isinstance(patterns, (str, Path)) else patterns:
-        try:
-            expanded = list(braceexpand(str(pattern)))
-        except UnbalancedBracesError as error:
-            raise ShardError(
-                f"shard pattern {str(pattern)!r}: {error}; write it as 'data/{{00000..00041}}.tar'"
-            ) from error
-        matches = {
-            Path(match) for one in expanded for match in ([one] if os.path.isfile(one) else glob.glob(one))
-        }
-        if not matches:
-            raise ShardError(
-                f"no shard matches {str(pattern)!r} (working directory {os.getcwd()}): correct the "
-                "path, or write shards with `python launch/prepare.py INPUT --output DIR`: 'DIR/*.tar'"
-            )
-        found |= matches
-    return sorted(found)
 
 
 class _Descriptor:
