@@ -62,6 +62,11 @@ def scheme_of(name: str) -> str | None:
     return match[1].lower() if match else None
 
 
+def is_remote(name: str | Path) -> bool:
+    """Whether a shard's name is a URL."""
+    return isinstance(name, str) and scheme_of(name) in REMOTE_SCHEMES
+
+
 def local_path(name: str) -> str | None:
     """The path (or pattern) that a name without a remote scheme means, None for a remote one.
 

@@ -35,7 +35,8 @@ class ShardError(ValueError):
 _said: set[str] = set()
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a warning that this process has not logged yet."""
     if message not in _said:
         _said.add(message)
         logger.warning(message)
@@ -207,15 +208,17 @@ def build_index(tar_path: str | Path) -> Path:
     """
     tar_path = Path(tar_path)
     status = tar_path.stat()
-    return _write_index(tar_path, scan(tar_path), status.st_mtime_ns)
+    return write_index(tar_path, scan(tar_path), status.st_mtime_ns)
 
 
-def _write_index(tar_path: Path, listing: Listing, tar_time: int) -> Path:
+def write_index(tar_path: Path, listing: Listing, tar_time: int, shown: str | None = None) -> Path:
+    """Write the index of a tar of that time (ns) as `build_index` does; `shown` names the tar in errors."""
     path = tar_path.with_suffix(".idx")
     spaced = [name for name in listing.names if any(map(str.isspace, name))]
     if spaced:
         raise ShardError(
-            f"{tar_path}: the index cannot express white space in a member's name: rename {spaced[0]!r}"
+            f"{shown or tar_path}: the index cannot express white space in a member's name: "
+            f"rename {spaced[0]!r}"
         )
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
@@ -244,9 +247,9 @@ def load_listing(tar_path: Path, missing_index: str) -> Listing:
             )
         listing = scan(tar_path)
         try:
-            _write_index(tar_path, listing, status.st_mtime_ns)
+            write_index(tar_path, listing, status.st_mtime_ns)
         except (OSError, ShardError) as error:
-            _say_once(
+            say_once(
                 f"indexes of {tar_path.parent} are kept in memory and built again by each process: {error}"
             )
         return listing
