@@ -45,13 +45,24 @@ class DataConfig:
     weights. `demo_corpus` is a folder in which the generated corpus is built when it is missing.
 
     `shuffle_shards`: each epoch goes through a set in windows of that many shards and shuffles the samples of
-    a window together; 0 shuffles all samples of the set. Unset it is 0.
+    a window together; 0 shuffles all samples of the set. Unset it is 0 for local sets and 16 for remote ones.
+
+    `allowed_prefixes`: what URLs of shards (https, http, s3) may start with; none are allowed by default.
+    Remote shards are read through `cache_folder` (default: miles_fast/shards in the user's cache folder),
+    which holds at most `cache_gib`: two windows of every remote set must fit. A download that fails
+    or makes no progress for `download_timeout_seconds` is tried `download_attempts` times.
     """
 
     train: list[SourceConfig] = Field(min_length=1)
     evaluation: list[SourceConfig] = Field(default_factory=list)
     demo_corpus: str | None = None
     shuffle_shards: int | None = Field(default=None, ge=0)
+    allowed_prefixes: list[str] = Field(default_factory=list)
+    s3_endpoint: str | None = None
+    cache_folder: str | None = None
+    cache_gib: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+    download_attempts: int = Field(default=6, ge=1)
+    download_timeout_seconds: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     frames_per_clip: int = Field(default=4, ge=1)
     caption_tokens: int = Field(default=32, ge=3)
     crop_scale: tuple[float, float] = (0.5, 1.0)

@@ -18,9 +18,11 @@ from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.batches import Batch, BatchFinisher, Quarantine
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, Input
 from miles_fast.data.mixture import Mixture
-from miles_fast.data.order import SampleOrder, Share
+from miles_fast.data.order import Share
+from miles_fast.data.prefetch import WindowPrefetcher
 from miles_fast.data.reading import Pending, ReadingPool, Request, answer
-from miles_fast.data.shards import SampleError, ShardError, ShardSet, expand_shards
+from miles_fast.data.shards import SampleError, ShardError, ShardSet
+from miles_fast.data.sources import open_shards, order_of
 
 AHEAD = 2  # batches being read while one is handed over
 
@@ -41,10 +43,9 @@ class Loader:
         draw_masks: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         """`draw_masks(micro_step)` gives this rank's masks (B, M); micro steps count from 0 over the run."""
-        self._shard_sets = [ShardSet(expand_shards(source.shards)) for source in data.train]
+        self._shard_sets = [open_shards(source, data) for source in data.train]
         self._orders = [
-            SampleOrder(shards.shard_ends, seed + source, data.shuffle_shards or 0)
-            for source, shards in enumerate(self._shard_sets)
+            order_of(shards, data, seed + source) for source, shards in enumerate(self._shard_sets)
         ]
         self._mixture = Mixture([source.weight for source in data.train])
         self._draws = [
@@ -71,9 +72,11 @@ class Loader:
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
             pool = stack.enter_context(contextlib.closing(ReadingPool(self._shard_sets, self._num_workers)))
+            windows = WindowPrefetcher(self._shard_sets, self._orders, AHEAD + 1)
+            stack.enter_context(contextlib.closing(windows))
             while True:
                 while len(coming) <= AHEAD:
-                    request = self._request(micro_step)
+                    request = self._request(micro_step, windows)
                     coming.append((micro_step, request, pool.submit(request)))
                     micro_step += 1
                 made, request, pending = coming.popleft()
@@ -83,10 +86,12 @@ class Loader:
                 yield from self._finish.submit(request.draw.takes, clips, masks, again)
                 pending.release()
 
-    def _request(self, micro_step: int) -> Request:
+    def _request(self, micro_step: int, windows: WindowPrefetcher) -> Request:
         step, micro = divmod(micro_step, self.share.accumulation)
         source, turn = self._mixture.serve(step)
         order = self._orders[source]
+        start = turn * self.share.global_batch  # of all ranks, which may share the cache
+        windows.coming(source, start, start + self.share.global_batch - 1)
         draws = tuple(map(order.draw, self.share.places(turn, micro)))
         return Request(source=source, draw=self._draws[source], items=draws, seed=order.seed)
 
@@ -113,7 +118,7 @@ class EvaluationLoader:
         device: torch.device,
     ) -> None:
         self.name = source.name
-        self._shards = ShardSet(expand_shards(source.shards))
+        self._shards = open_shards(source, data)
         takes = _input(self._shards, source, data, device)
         self._draw = ClipDraw(num_frames=data.frames_per_clip, takes=takes)
         self._finish = BatchFinisher(data, image_size, tokenizer, batch, device)

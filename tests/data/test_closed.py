@@ -3,8 +3,10 @@
 import pytest
 from data import malicious
 
+from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.clips import ClipDraw, read_clip
 from miles_fast.data.shards import ShardError, ShardSet, build_index
+from miles_fast.data.sources import open_shards
 
 DRAW = ClipDraw(num_frames=1, takes="jpeg")
 
@@ -54,3 +56,53 @@ def test_no_pickle_is_ever_loaded(tmp_path):
         assert read_clip(shards, 0, DRAW, None).caption == "a dog", again
         shards = ShardSet(shards.paths)  # by the index that the first one wrote
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("allowed", [[], ["https://data.example/sets/"]])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("pipe:touch {proof}", "pipe: is refused"),
+        ("pipe:cat x.tar; touch {proof}", "pipe: is refused"),
+        ("PIPE:touch {proof} #.tar", "pipe: is refused"),
+        ("$(touch {proof}).tar", "no shard matches"),
+        ("`touch {proof}`.tar", "no shard matches"),
+        ("x.tar|touch {proof}", "no shard matches"),
+        ("gs://bucket/x.tar", "gs: is refused"),
+        ("hdfs://host/x.tar", "hdfs: is refused"),
+        ("ftp://host/x.tar", "ftp: is refused"),
+        ("data:application/x-tar,x", "data: is refused"),
+        ("file://evil/x.tar", "another host"),
+        ("https://other.example/sets/x.tar", "no prefix"),
+        ("http://data.example/sets/x.tar", "no prefix"),
+        ("http://127.0.0.1/x.tar", "no prefix"),
+        ("http://localhost/x.tar", "no prefix"),
+        ("http://[::1]/x.tar", "no prefix"),
+        ("http://169.254.169.254/latest/meta-data/x.tar", "no prefix"),
+        ("s3://bucket/x.tar", "no prefix"),
+        ("https://data.example@evil.example/sets/x.tar", "user or password"),
+        ("https://data.example/sets/../x.tar", "'..'"),
+        ("https://data.example/sets/%2e%2e/x.tar", "'..'"),
+        ("https://data.example/sets/%252e%252e/x.tar", "'..'"),
+    ],
+)
+def test_names_of_shards_are_refused(tmp_path, monkeypatch, name, message, allowed):
+    def nothing(*_, **__):
+        raise AssertionError("a refused name reached the network or a shell")
+
+    monkeypatch.setattr("socket.getaddrinfo", nothing)
+    monkeypatch.setattr("socket.socket.connect", nothing)
+    monkeypatch.setattr("subprocess.Popen.__init__", nothing)
+    source = SourceConfig(shards=[name.format(proof=tmp_path / "proof")])
+    data = DataConfig(train=[source], allowed_prefixes=allowed, cache_folder=str(tmp_path / "cache"))
+    with pytest.raises(ShardError, match=message) as raised:
+        open_shards(source, data)
+    assert name.split("@")[-1].split("{")[0][:4] in str(raised.value)
+
+
+@pytest.mark.parametrize("prefix", ["pipe:", "file:///", "https://", "https://a@b/", "https://a/../", "*"])
+def test_prefixes_that_allow_too_much_are_refused(tmp_path, prefix):
+    source = SourceConfig(shards=["https://data.example/x.tar"])
+    data = DataConfig(train=[source], allowed_prefixes=[prefix])
+    with pytest.raises(ShardError):
+        open_shards(source, data)
