@@ -36,6 +36,6 @@ setup(
         "dali": DALI,
         "gpu": [*DALI, "flash-attn-4[cu13]>=4.0.0b36,<5"],
         "remote": REMOTE,
-        "test": ["pytest", "pytest-timeout", "ruff", *REMOTE, "moto[s3,server]>=5,<6"],
+        "test": ["pytest", "pytest-timeout", "ruff", *REMOTE, "moto[s3]>=5,<6", "flask", "flask-cors"],
     },
 )

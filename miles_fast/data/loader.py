@@ -19,7 +19,7 @@ from miles_fast.data.batches import Batch, BatchFinisher, Quarantine
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, Input
 from miles_fast.data.mixture import Mixture
 from miles_fast.data.order import Share
-from miles_fast.data.prefetch import WindowPrefetcher
+from miles_fast.data.prefetch import WindowPrefetcher, check_room
 from miles_fast.data.reading import Pending, ReadingPool, Request, answer
 from miles_fast.data.shards import SampleError, ShardError, ShardSet
 from miles_fast.data.sources import open_shards, order_of
@@ -47,6 +47,7 @@ class Loader:
         self._orders = [
             order_of(shards, data, seed + source) for source, shards in enumerate(self._shard_sets)
         ]
+        check_room(self._shard_sets, self._orders)
         self._mixture = Mixture([source.weight for source in data.train])
         self._draws = [
             ClipDraw(

@@ -99,16 +99,11 @@ class WindowPrefetcher:
     """Keeps the windows of shards that requests of several sources touch, and the next ones, in the cache."""
 
     def __init__(self, shard_sets: Sequence[ShardSet], orders: Sequence[SampleOrder], pending: int) -> None:
-        """`pending`: how many requests of a source may be on their way at the same time.
-
-        Raises ShardError when the cache cannot hold two windows of each source.
-        """
+        """`pending`: how many requests of a source may be on their way at the same time."""
         self._shard_sets, self._orders = shard_sets, orders
         self._recent = [deque[list[tuple[int, ...]]](maxlen=pending) for _ in shard_sets]
         caches = [shards.cache for shards in shard_sets if shards.cache is not None]
         self._prefetcher = Prefetcher(caches[0]) if caches else None
-        if caches:
-            _check_room(shard_sets, orders, caches[0].bound_bytes)
 
     def coming(self, source: int, first: int, last: int) -> None:
         """Places `first` to `last` of a source are read next."""
@@ -131,14 +126,16 @@ class WindowPrefetcher:
             self._prefetcher.close()
 
 
-def _check_room(shard_sets: Sequence[ShardSet], orders: Sequence[SampleOrder], bound_bytes: int) -> None:
+def check_room(shard_sets: Sequence[ShardSet], orders: Sequence[SampleOrder]) -> None:
+    """Refuse a cache that cannot hold two windows of each source. Raises ShardError."""
+    bounds = [shards.cache.bound_bytes for shards in shard_sets if shards.cache is not None]
     needed = 0
     for shards, order in zip(shard_sets, orders, strict=True):
         sizes = sorted((p.size for p in shards.paths if isinstance(p, RemoteFile)), reverse=True)
         needed += sum(sizes[: 2 * order.shuffle_shards] if order.shuffle_shards else sizes)
-    if needed > bound_bytes:
+    if needed > min(bounds, default=0):
         raise ShardError(
-            f"the cache of remote shards holds {bound_bytes / 2**30:.3f} GiB, but the present and the next "
+            f"the cache of remote shards holds {min(bounds) / 2**30:.3f} GiB, but the present and the next "
             f"windows of all sources may take {needed / 2**30:.3f}: raise data.cache_gib, or lower "
             "data.shuffle_shards"
         )

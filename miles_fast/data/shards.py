@@ -29,7 +29,7 @@ __all__ = ["Sample", "SampleError", "ShardError", "ShardSet", "build_index", "ex
 VIDEO_EXTENSIONS = frozenset({"mp4", "webm", "mkv", "avi", "mov", "gif", "mpg"})
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 MAX_OPEN_SHARDS = 256
-LOOK_UPS = 16  # remote shards asked for at the same time
+LOOK_UPS = 32  # remote shards asked for at the same time
 _FRAME = re.compile(r"\d+\.(?:jpg|jpeg|png|webp)\Z")
 
 
@@ -175,8 +175,8 @@ def _listings(
         yield from map(load, paths)
         return
     with ThreadPoolExecutor(LOOK_UPS) as pool:
-        for start in range(0, len(paths), 4 * LOOK_UPS):  # listings are large: not all of them at once
-            yield from pool.map(load, paths[start : start + 4 * LOOK_UPS])
+        for start in range(0, len(paths), 2 * LOOK_UPS):  # listings are large: not all of them at once
+            yield from pool.map(load, paths[start : start + 2 * LOOK_UPS])
 
 
 class Sample:

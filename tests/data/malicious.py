@@ -85,6 +85,14 @@ def extended_headers(path: Path) -> Path:
     return path
 
 
+def with_huge_image(path: Path) -> Path:
+    """A few bytes that say they are 65535 x 65535 pixels."""
+    data = bytearray(jpeg(0))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = b"\xff" * 4
+    return _write(path, ("a.jpg", bytes(data), {}), ("a.txt", b"a dog", {}))
+
+
 def with_pickles(path: Path, proof: Path) -> Path:
     """A good sample beside members that other loaders would unpickle."""
     bomb = pickle.dumps(Bomb(proof))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Server]:
+def serving(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     """Serve a folder on a free port of 127.0.0.1; `server.url` has no slash at its end."""
     server = Server(folder)
 
@@ -87,6 +88,9 @@ def serving(folder: Path) -> Iterator[Server]:
     web.daemon_threads = True
     server.port = web.server_address[1]
     server.url = f"http://127.0.0.1:{server.port}"
+    if tls is not None:
+        web.socket = tls.wrap_socket(web.socket, server_side=True)
+        server.url = f"https://localhost:{server.port}"
     thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -5,7 +5,7 @@ from data import malicious
 
 from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.clips import ClipDraw, read_clip
-from miles_fast.data.shards import ShardError, ShardSet, build_index
+from miles_fast.data.shards import SampleError, ShardError, ShardSet, build_index
 from miles_fast.data.sources import open_shards
 
 DRAW = ClipDraw(num_frames=1, takes="jpeg")
@@ -46,6 +46,13 @@ def test_malicious_indexes_are_refused_by_name(tmp_path, line, message):
     tar.with_suffix(".idx").write_text(f"v1.2 1\n{line}\n")
     with pytest.raises(ShardError, match=rf"(?s)bad\.idx.*{message}"):
         ShardSet([tar])
+
+
+def test_an_image_of_a_gigapixel_is_a_bad_sample(tmp_path):
+    shards = ShardSet([malicious.with_huge_image(tmp_path / "bad.tar")])
+    with pytest.raises(SampleError, match="bad.tar.*exceeds limit") as raised:
+        read_clip(shards, 0, DRAW, None)
+    assert raised.value.cause == "too large"
 
 
 def test_no_pickle_is_ever_loaded(tmp_path):

@@ -1,7 +1,11 @@
 """Downloads: faults that pass are tried again, those that stay are named, and every hop is checked."""
 
 import io
+import shutil
 import socket
+import ssl
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -175,3 +179,30 @@ def test_an_allowed_name_that_leads_inside_is_refused(monkeypatch, address):
 def test_other_spellings_of_an_address_are_refused(host):
     with pytest.raises(ShardError, match="loopback|unspecified"):
         describe(f"http://{host}/x.tar", Access(prefixes=(f"http://{host}/",), attempts=1))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_https_needs_a_certificate_for_the_name(tmp_path, monkeypatch):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "x.tar").write_bytes(BODY)
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost".split()
+    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with serving(tmp_path / "web", tls) as server:
+        by_address = f"https://127.0.0.1:{server.port}"
+        may = Access(prefixes=(server.url, by_address), attempts=2, timeout_seconds=5)
+        with pytest.raises(ShardError, match="localhost.*certificate is not trusted.*SSL_CERT_FILE"):
+            describe(server.url + "/x.tar", may)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert read_small(server.url + "/x.tar", may, len(BODY)) == BODY
+        with pytest.raises(ShardError, match="127.0.0.1.*certificate is not trusted"):
+            describe(by_address + "/x.tar", may)
+
+
+def test_a_missing_s3fs_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ShardError, match=r"s3fs.*pip install 'miles-fast\[remote\]'"):
+        describe("s3://bucket/x.tar", Access(prefixes=("s3://bucket/",)))

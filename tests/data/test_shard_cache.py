@@ -160,6 +160,26 @@ def test_what_a_killed_process_left_is_taken_away(server, tmp_path):
     assert [path.name for path in cache.folder.glob("*.*") if path.suffix != ".idx"] == [cache.path(two).name]
 
 
+def test_a_killed_download_is_taken_up_by_the_next(server, tmp_path):
+    (url,) = shards_on(server, 1)
+    cache = cache_in(tmp_path / "cache", server, shards=1, timeout_seconds=60)
+    file = cache.look_up(url)[0]
+    server.faults["/00000.tar"] = ["stall"]
+    asked = tmp_path / "asked"
+    asked.write_bytes(pickle.dumps((cache, file)))
+    code = f"import pickle; c, f = pickle.load(open({str(asked)!r}, 'rb')); c.fetch(f)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not server.gets():
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert not cache.fetch(file, wait=False)  # somebody else is at it
+    process.kill()
+    process.wait()
+    assert cache.path(file).with_suffix(".partial").exists()
+    assert cache.fetch(file) and server.gets() == 2
+    assert cache.path(file).read_bytes() == (server.folder / "00000.tar").read_bytes()
+
+
 def test_a_new_version_is_another_shard(server, tmp_path):
     (url,) = shards_on(server, 1)
     cache = cache_in(tmp_path / "cache", server)
