@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DALI = ["nvidia-dali-cuda130>=2.4,<2.5"]
+REMOTE = ["s3fs>=2025.3"]  # for s3: only; https: needs nothing
 setup(
     name="miles-fast",
     version="0.1.0",
@@ -33,8 +34,8 @@ setup(
     ],
     extras_require={
         "dali": DALI,
-        "remote": ["fsspec", "aiohttp", "requests", "s3fs"],
         "gpu": [*DALI, "flash-attn-4[cu13]>=4.0.0b36,<5"],
-        "test": ["aiohttp", "requests", "pytest", "pytest-timeout", "ruff"],
+        "remote": REMOTE,
+        "test": ["pytest", "pytest-timeout", "ruff", *REMOTE, "moto[s3]>=5,<6", "flask", "flask-cors"],
     },
 )

@@ -27,24 +27,43 @@ class ConfigError(ValueError):
 
 @dataclass(**_OPTIONS)
 class SourceConfig:
-    """One set of tar shards; `shards` are glob or brace patterns, relative to the working directory."""
+    """One set of tar shards; `shards` are glob or brace patterns, relative to the working directory.
+
+    `weight` is the set's share of the optimizer steps, against the weights of the other training sets.
+    """
 
     shards: list[str] = Field(min_length=1)
     name: str = "train"
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 @dataclass(**_OPTIONS)
 class DataConfig:
     """Where clips come from and what is drawn of them.
 
-    Several `train` sources alternate, one optimizer step each (spec/miles.md 4.2). `demo_corpus` is a folder
-    in which the generated corpus is built when it is missing. A run whose share of unusable samples exceeds
-    `max_bad_share` stops.
+    Several `train` sources take turns, one optimizer step each (spec/miles.md 4.2), in proportion to their
+    weights. `demo_corpus` is a folder in which the generated corpus is built when it is missing. A run whose
+    share of unusable samples exceeds `max_bad_share` stops.
+
+    `shuffle_shards`: each epoch goes through a set in windows of that many shards and shuffles the samples of
+    a window together; 0 shuffles all samples of the set. Unset it is 0 for local sets and 16 for remote ones.
+
+    `allowed_prefixes`: what URLs of shards (https, http, s3) may start with; none are allowed by default.
+    Remote shards are read through `cache_folder` (default: miles_fast/shards in the user's cache folder),
+    which holds at most `cache_gib`: two windows of every remote set must fit. A download that fails
+    or makes no progress for `download_timeout_seconds` is tried `download_attempts` times.
     """
 
     train: list[SourceConfig] = Field(min_length=1)
     evaluation: list[SourceConfig] = Field(default_factory=list)
     demo_corpus: str | None = None
+    shuffle_shards: int | None = Field(default=None, ge=0)
+    allowed_prefixes: list[str] = Field(default_factory=list)
+    s3_endpoint: str | None = None
+    cache_folder: str | None = None
+    cache_gib: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+    download_attempts: int = Field(default=6, ge=1)
+    download_timeout_seconds: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     frames_per_clip: int = Field(default=4, ge=1)
     caption_tokens: int = Field(default=32, ge=3)
     crop_scale: tuple[float, float] = (0.5, 1.0)

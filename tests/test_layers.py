@@ -8,7 +8,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # A module may import from its own layer and from earlier ones.
 LAYERS = ["kernels", "config", "files", "distributed", "models", "data", "training", "evaluation", "export"]
-OPTIONAL = {"nvidia": 1, "webdataset": 3, "deepspeed": 2, "flash_attn": 1, "timm": 1, "transformers": 3}
+OPTIONAL = {
+    "nvidia": 1,
+    "webdataset": 3,
+    "deepspeed": 2,
+    "flash_attn": 1,
+    "timm": 1,
+    "transformers": 3,
+    "s3fs": 1,
+    "botocore": 1,
+    "aiohttp": 1,
+}
 
 
 def imports(path: Path):

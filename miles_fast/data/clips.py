@@ -184,5 +184,7 @@ def _image_size(data: bytes, name: str, verify: bool = False) -> tuple[int, int]
             if verify:
                 image.verify()
             return image.size
+    except Image.DecompressionBombError as error:
+        raise SampleError(f"{name}: {error}", "too large") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise SampleError(f"{name}: not a readable image ({error})", "not decodable") from error

@@ -17,15 +17,18 @@ import torch
 from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.batches import Batch, BatchFinisher, Quarantine
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, Input
-from miles_fast.data.order import Share, draw_at
+from miles_fast.data.mixture import Mixture
+from miles_fast.data.order import Share
+from miles_fast.data.prefetch import WindowPrefetcher, check_room
 from miles_fast.data.reading import Pending, ReadingPool, Request, answer
-from miles_fast.data.shards import SampleError, ShardError, ShardSet, expand_shards
+from miles_fast.data.shards import SampleError, ShardError, ShardSet
+from miles_fast.data.sources import open_shards, order_of
 
 AHEAD = 2  # batches being read while one is handed over
 
 
 class Loader:
-    """Deals batches of the training sources, alternating between them by optimizer step."""
+    """Deals batches of the training sources, which take turns by optimizer step as their weights say."""
 
     def __init__(
         self,
@@ -40,7 +43,12 @@ class Loader:
         draw_masks: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         """`draw_masks(micro_step)` gives this rank's masks (B, M); micro steps count from 0 over the run."""
-        self.shard_sets = [ShardSet(expand_shards(source.shards)) for source in data.train]
+        self.shard_sets = [open_shards(source, data) for source in data.train]
+        self._orders = [
+            order_of(shards, data, seed + source) for source, shards in enumerate(self.shard_sets)
+        ]
+        check_room(self.shard_sets, self._orders)
+        self._mixture = Mixture([source.weight for source in data.train])
         self.draws = [
             ClipDraw(
                 num_frames=data.frames_per_clip,
@@ -50,7 +58,7 @@ class Loader:
             )
             for shards, source in zip(self.shard_sets, data.train, strict=True)
         ]
-        self.share, self.quarantine, self._seed, self._draw_masks = share, quarantine, seed, draw_masks
+        self.share, self.quarantine, self._draw_masks = share, quarantine, draw_masks
         self._finish = BatchFinisher(data, image_size, tokenizer, share.batch, device)
         self._prefetch = data.prefetch_batches
         self._num_workers = data.decode_workers
@@ -65,9 +73,12 @@ class Loader:
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
             pool = stack.enter_context(contextlib.closing(ReadingPool(self.shard_sets, self._num_workers)))
+            windows = WindowPrefetcher(self.shard_sets, self._orders, AHEAD + 1)
+            stack.enter_context(contextlib.closing(windows))
             while True:
                 while len(coming) <= AHEAD:
                     request = self.request(micro_step)
+                    windows.coming(request.source, *self._stretch(micro_step))
                     coming.append((micro_step, request, pool.submit(request)))
                     micro_step += 1
                 made, request, pending = coming.popleft()
@@ -80,10 +91,16 @@ class Loader:
     def request(self, micro_step: int) -> Request:
         """What this rank reads for a micro step, counted from 0 over the run."""
         step, micro = divmod(micro_step, self.share.accumulation)
-        turn, source = divmod(step, len(self.shard_sets))
-        num_samples, seed = len(self.shard_sets[source]), self._seed + source
-        draws = tuple(draw_at(num_samples, seed, place) for place in self.share.places(turn, micro))
-        return Request(source=source, draw=self.draws[source], items=draws, seed=seed)
+        source, turn = self._mixture.serve(step)
+        order = self._orders[source]
+        draws = tuple(map(order.draw, self.share.places(turn, micro)))
+        return Request(source=source, draw=self.draws[source], items=draws, seed=order.seed)
+
+    def _stretch(self, micro_step: int) -> tuple[int, int]:
+        """First and last place that a step takes of its source on all ranks, which may share a cache."""
+        _, turn = self._mixture.serve(micro_step // self.share.accumulation)
+        start = turn * self.share.global_batch
+        return start, start + self.share.global_batch - 1
 
     def _read_here(self, request: Request) -> list[Clip]:
         return self._accept(answer(self.shard_sets, _by_cpu(request)))
@@ -109,7 +126,7 @@ class EvaluationLoader:
         device: torch.device,
     ) -> None:
         self.name = source.name
-        self._shards = ShardSet(expand_shards(source.shards))
+        self._shards = open_shards(source, data)
         takes = _input(self._shards, source, data, device)
         self._draw = ClipDraw(num_frames=data.frames_per_clip, takes=takes)
         self._finish = BatchFinisher(data, image_size, tokenizer, batch, device)

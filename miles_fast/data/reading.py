@@ -44,9 +44,12 @@ Answer = list[tuple[Clip, list[BadSample]]] | list[Clip | BadSample]
 def answer(shard_sets: Sequence[ShardSet], request: Request) -> Answer:
     """Read what a request names, in this process. Raises ShardError."""
     shards, draw = shard_sets[request.source], request.draw
-    if request.seed is None:
-        return [read_for_evaluation(shards, sample, draw) for sample in request.items]
-    return [read_or_substitute(shards, item, draw, request.seed) for item in request.items]
+    try:
+        if request.seed is None:
+            return [read_for_evaluation(shards, sample, draw) for sample in request.items]
+        return [read_or_substitute(shards, item, draw, request.seed) for item in request.items]
+    finally:
+        shards.release()
 
 
 class ReadingPool:

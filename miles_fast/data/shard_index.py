@@ -10,6 +10,7 @@ import logging
 import os
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,14 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = "v1.2"
+# A member above its limit is no clip, caption or record: it would only fill the memory of a reading process.
+MAX_TEXT_BYTES = 16 << 20
+MAX_IMAGE_BYTES = 256 << 20
+MAX_MEMBER_BYTES = 4 << 30
+_LIMITS = {
+    **dict.fromkeys(("txt", "json"), MAX_TEXT_BYTES),
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), MAX_IMAGE_BYTES),
+}
 
 
 class ShardError(ValueError):
@@ -26,13 +35,22 @@ class ShardError(ValueError):
 _said: set[str] = set()
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a warning that this process has not logged yet."""
     if message not in _said:
         _said.add(message)
         logger.warning(message)
 
 
-def _members(tar_path: Path) -> Iterator[tuple[str, str, int, int, str]]:
+def size_problem(name: str, size: int) -> str | None:
+    """What is wrong with a member's size in bytes, None if nothing is."""
+    limit = _LIMITS.get(name.rpartition(".")[2].lower(), MAX_MEMBER_BYTES)
+    if 0 <= size <= limit:
+        return None
+    return f"member {name!r} has {size} bytes, the limit of its kind is {limit}"
+
+
+def _members(tar_path: Path, shown: str) -> Iterator[tuple[str, str, int, int, str]]:
     """(key, extension, offset, size, name) of every regular member that is not hidden, in file order."""
     rewrite = "write the shard again (a partial download is the usual reason)"
     try:
@@ -43,11 +61,14 @@ def _members(tar_path: Path) -> Iterator[tuple[str, str, int, int, str]]:
                 if member is None:
                     break
                 archive.members = []
+                problem = size_problem(member.name, member.size)
+                if problem:  # a negative size would send the reader back to where it was
+                    raise ShardError(f"{shown}: {problem}; leave it out of the shard")
                 if member.isdir():
                     continue
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     raise ShardError(
-                        f"{tar_path}: member {member.name!r} is a link, device or sparse file; a shard "
+                        f"{shown}: member {member.name!r} is a link, device or sparse file; a shard "
                         "may hold regular files only: write it with `tar --dereference --hard-dereference`"
                     )
                 name = member.name
@@ -57,19 +78,24 @@ def _members(tar_path: Path) -> Iterator[tuple[str, str, int, int, str]]:
                     continue
                 if name.startswith("/") or ".." in name.split("/"):
                     raise ShardError(
-                        f"{tar_path}: member name {name!r} leaves the archive; write the shard again"
+                        f"{shown}: member name {name!r} leaves the archive; write the shard again"
                     )
                 yield key, extension, member.offset_data, member.size, name
             with open(tar_path, "rb") as file:
                 file.seek(archive.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise ShardError(
-                        f"{tar_path}: no end of archive at byte {archive.offset}, it is truncated or "
+                        f"{shown}: no end of archive at byte {archive.offset}, it is truncated or "
                         f"damaged; {rewrite}"
                     )
-    except (tarfile.TarError, EOFError) as error:
+    except ShardError:
+        raise
+    # Crafted headers make tarfile raise more than its own errors: chains of extended headers, numbers beyond
+    # 64 bits, names of a terabyte.
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
         raise ShardError(
-            f"{tar_path}: not a complete, uncompressed tar archive ({error}); {rewrite}"
+            f"{shown}: not a complete, uncompressed tar archive ({reason}); {rewrite}"
         ) from error
 
 
@@ -96,9 +122,11 @@ class Listing:
         return "\n".join(lines) + "\n"
 
 
-def _scan(tar_path: Path) -> Listing:
+def scan(tar_path: Path, shown: str | None = None) -> Listing:
+    """Listing of a tar from its headers; `shown` names it in errors. Raises ShardError."""
+    shown = shown or str(tar_path)
     listing = Listing([], [], [], [], [], [])
-    for key, extension, offset, size, name in _members(tar_path):
+    for key, extension, offset, size, name in _members(tar_path, shown):
         if not listing.keys or listing.keys[-1] != key:
             listing.keys.append(key)
             listing.counts.append(0)
@@ -108,11 +136,23 @@ def _scan(tar_path: Path) -> Listing:
         listing.sizes.append(size)
         listing.names.append(name)
     if not listing.keys:
-        raise ShardError(f"{tar_path}: the shard holds no samples; delete it")
+        raise ShardError(f"{shown}: the shard holds no samples; delete it")
+    twice = _first_duplicate(listing.names)
+    if twice:
+        raise ShardError(
+            f"{shown}: member {twice!r} is there twice, and readers disagree on which one counts; "
+            "write the shard again"
+        )
     return listing
 
 
-def _parse(text: str) -> Listing:
+def _first_duplicate(names: list[str]) -> str | None:
+    if len(set(names)) == len(names):
+        return None
+    return next(name for name, count in Counter(names).items() if count > 1)
+
+
+def parse_index(text: str) -> Listing:
     """The inverse of `Listing.text`. Raises ValueError if the text is not an index of this version."""
     lines = text.removesuffix("\n").split("\n")
     header = lines[0].split()
@@ -127,16 +167,37 @@ def _parse(text: str) -> Listing:
             raise ValueError(f"line {number} is not a list of `extension offset size name`")
         name = words[3]
         key = name[: name.find(".", name.rfind("/") + 1)]
-        if not key or name.startswith("/") or ".." in key.split("/"):
-            raise ValueError(f"line {number}: {name!r} is no name for a member of a shard")
+        wrong = next((n for n in words[3::4] if n.startswith("/") or ".." in n.split("/")), None)
+        if not key or wrong is not None:
+            raise ValueError(f"line {number}: {wrong or name!r} is no name for a member of a shard")
         listing.keys.append(key)
         listing.counts.append(len(words) // 4)
         listing.extensions += words[0::4]
         listing.offsets += map(int, words[1::4])
         listing.sizes += map(int, words[2::4])
+        listing.names += words[3::4]
     if min(listing.offsets) < 0 or min(listing.sizes) < 0:
         raise ValueError("it holds a negative offset or size")
+    problem = _first_problem(listing)
+    if problem:
+        raise ValueError(problem)
     return listing
+
+
+def _first_problem(listing: Listing) -> str | None:
+    """What no tar can have given, of the members that an index names."""
+    for name, size in zip(listing.names, listing.sizes, strict=True):
+        problem = size_problem(name, size)
+        if problem:
+            return problem
+    twice = _first_duplicate(listing.names)
+    if twice:
+        return f"it names member {twice!r} twice"
+    order = sorted(range(len(listing.names)), key=listing.offsets.__getitem__)
+    for one, two in zip(order, order[1:], strict=False):
+        if listing.offsets[one] + listing.sizes[one] > listing.offsets[two]:
+            return f"members {listing.names[one]!r} and {listing.names[two]!r} overlap"
+    return None
 
 
 def build_index(tar_path: str | Path) -> Path:
@@ -147,15 +208,17 @@ def build_index(tar_path: str | Path) -> Path:
     """
     tar_path = Path(tar_path)
     status = tar_path.stat()
-    return _write_index(tar_path, _scan(tar_path), status.st_mtime_ns)
+    return write_index(tar_path, scan(tar_path), status.st_mtime_ns)
 
 
-def _write_index(tar_path: Path, listing: Listing, tar_time: int) -> Path:
+def write_index(tar_path: Path, listing: Listing, tar_time: int, shown: str | None = None) -> Path:
+    """Write the index of a tar of that time (ns) as `build_index` does; `shown` names the tar in errors."""
     path = tar_path.with_suffix(".idx")
     spaced = [name for name in listing.names if any(map(str.isspace, name))]
     if spaced:
         raise ShardError(
-            f"{tar_path}: the index cannot express white space in a member's name: rename {spaced[0]!r}"
+            f"{shown or tar_path}: the index cannot express white space in a member's name: "
+            f"rename {spaced[0]!r}"
         )
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
@@ -182,11 +245,11 @@ def load_listing(tar_path: Path, missing_index: str) -> Listing:
             raise ShardError(
                 f"{tar_path}: its index {path.name} is missing; build it with `wds2idx {tar_path} {path}`"
             )
-        listing = _scan(tar_path)
+        listing = scan(tar_path)
         try:
-            _write_index(tar_path, listing, status.st_mtime_ns)
+            write_index(tar_path, listing, status.st_mtime_ns)
         except (OSError, ShardError) as error:
-            _say_once(
+            say_once(
                 f"indexes of {tar_path.parent} are kept in memory and built again by each process: {error}"
             )
         return listing
@@ -197,7 +260,7 @@ def load_listing(tar_path: Path, missing_index: str) -> Listing:
             f"without their times: `cp -a` keeps them): {remedy}"
         )
     try:
-        listing = _parse(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        listing = parse_index(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except ValueError as error:
         raise ShardError(f"{path} is not a usable index of {tar_path}: {error}; {remedy}") from error
     end = max(map(int.__add__, listing.offsets, listing.sizes))

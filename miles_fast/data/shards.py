@@ -6,26 +6,30 @@ Nothing is ever unpacked to disk.
 from __future__ import annotations
 
 import functools
-import glob
 import json
 import os
 import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from miles_fast.data.shard_index import ShardError, build_index, load_listing
+from miles_fast.data.locations import expand_shards, is_remote
+from miles_fast.data.remote_file import RemoteFile
+from miles_fast.data.shard_cache import ShardCache
+from miles_fast.data.shard_index import Listing, ShardError, build_index, load_listing
 
 __all__ = ["Sample", "SampleError", "ShardError", "ShardSet", "build_index", "expand_shards"]
 
 VIDEO_EXTENSIONS = frozenset({"mp4", "webm", "mkv", "avi", "mov", "gif", "mpg"})
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 MAX_OPEN_SHARDS = 256
+LOOK_UPS = 32  # remote shards asked for at the same time
 _FRAME = re.compile(r"\d+\.(?:jpg|jpeg|png|webp)\Z")
 
 
@@ -40,56 +44,40 @@ class SampleError(ValueError):
         return type(self), (str(self), self.cause)
 
 
-def expand_shards(patterns: str | Sequence[str]) -> list[Path]:
-    """Files that the patterns name (braces, then globs), each once, sorted. ShardError if there are none."""
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    found: set[Path] = set()
-    for pattern in [patterns] if isinstance(patterns, (str, Path)) else patterns:
-        try:
-            expanded = list(braceexpand(str(pattern)))
-        except UnbalancedBracesError as error:
-            raise ShardError(
-                f"shard pattern {str(pattern)!r}: {error}; write it as 'data/{{00000..00041}}.tar'"
-            ) from error
-        matches = {
-            Path(match) for one in expanded for match in ([one] if os.path.isfile(one) else glob.glob(one))
-        }
-        if not matches:
-            raise ShardError(
-                f"no shard matches {str(pattern)!r} (working directory {os.getcwd()}): correct the "
-                "path, or write shards with `python launch/prepare.py INPUT --output DIR`: 'DIR/*.tar'"
-            )
-        found |= matches
-    return sorted(found)
-
-
 class _Descriptor:
     """An open file that closes when nobody reads from it any more: eviction never races with a read."""
 
-    def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, number: int):
+        self.number = number
 
     def __del__(self):
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)
 
 
 class ShardSet:
     """Samples of many shards under one number each, in the order of `paths`; threads may share it.
 
+    A remote shard is a URL when it is named and a RemoteFile among `paths`; the cache holds its bytes.
+
     Raises ShardError for a shard that cannot be used and SampleError for a sample that cannot.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, missing_index: Literal["build", "error"] = "build"):
-        self.paths = [Path(path) for path in paths]
-        if not self.paths:
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        missing_index: Literal["build", "error"] = "build",
+        cache: ShardCache | None = None,
+    ):
+        self.paths: list[Path | RemoteFile] = []
+        self.cache = cache
+        if not paths:
             raise ShardError("a shard set needs at least one shard; name them as 'DIR/*.tar'")
         numbers: dict[str, int] = {}
         extensions, offsets, sizes = array("I"), array("q"), array("q")
         counts, key_ends, shard_sizes, keys = array("q"), array("q"), [], bytearray()
-        for path in self.paths:
-            listing = load_listing(path, missing_index)
+        for path, listing in _listings(paths, missing_index, cache):
+            self.paths.append(path)
             extensions.extend(numbers.setdefault(extension, len(numbers)) for extension in listing.extensions)
             offsets.extend(listing.offsets)
             sizes.extend(listing.sizes)
@@ -138,21 +126,57 @@ class ShardSet:
             found.setdefault(name, place)
         return Sample(self, shard, key, found)
 
+    @property
+    def shard_ends(self) -> np.ndarray:
+        """Number of samples up to the end of each shard."""
+        return self._shard_ends
+
     def descriptor(self, shard: int) -> _Descriptor:
         """Open file of a shard, kept open until many others were read."""
         with self._lock:
             descriptor = self._open.get(shard)
             if descriptor is None:
-                try:
-                    descriptor = self._open[shard] = _Descriptor(self.paths[shard])
-                except OSError as error:
-                    raise ShardError(
-                        f"{self.paths[shard]}: cannot be opened ({error.strerror}); restore it"
-                    ) from error
+                descriptor = self._open[shard] = _Descriptor(self._open_file(self.paths[shard]))
                 if len(self._open) > MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(shard)
             return descriptor
+
+    def _open_file(self, place: Path | RemoteFile) -> int:
+        if isinstance(place, RemoteFile):
+            assert self.cache is not None
+            self._open.clear()  # an open shard takes room in the cache, which this one may need
+            return self.cache.open(place)
+        try:
+            return os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{place}: cannot be opened ({error.strerror}); restore it") from error
+
+    def release(self) -> None:
+        """Let the cache have the room of remote shards that were read."""
+        if self.cache is not None:
+            with self._lock:
+                self._open.clear()
+
+
+def _listings(
+    paths: Sequence[str | Path], missing_index: Literal["build", "error"], cache: ShardCache | None
+) -> Iterator[tuple[Path | RemoteFile, Listing]]:
+    """Each shard with its listing; remote ones are asked for some at a time."""
+
+    def load(path: str | Path) -> tuple[Path | RemoteFile, Listing]:
+        if is_remote(path):
+            if cache is None:
+                raise ShardError(f"{path}: only training and evaluation read remote shards; download it")
+            return cache.look_up(str(path))
+        return Path(path), load_listing(Path(path), missing_index)
+
+    if cache is None:
+        yield from map(load, paths)
+        return
+    with ThreadPoolExecutor(LOOK_UPS) as pool:
+        for start in range(0, len(paths), 2 * LOOK_UPS):  # listings are large: not all of them at once
+            yield from pool.map(load, paths[start : start + 2 * LOOK_UPS])
 
 
 class Sample:
@@ -163,7 +187,7 @@ class Sample:
         self.key = key
 
     @property
-    def shard(self) -> Path:
+    def shard(self) -> Path | RemoteFile:
         """The tar that holds it."""
         return self._shards.paths[self._shard_number]
 
