@@ -40,7 +40,10 @@ class Access:
 
     def __post_init__(self) -> None:
         for prefix in self.prefixes:
-            parse_url(prefix)
+            try:
+                parse_url(prefix)
+            except ShardError as error:
+                raise ShardError(f"data.allowed_prefixes: {error}") from error
 
 
 LOCAL_ONLY = Access()

@@ -75,7 +75,7 @@ class Prefetcher:
             except Stopped:
                 return
             except (ShardError, OSError) as error:
-                logger.warning("prefetch failed and is tried again when it is needed: %s", error)
+                logger.warning("prefetch failed, and is tried again later: %s", error)
                 again = _AFTER_ERROR_SECONDS
             with self._changed:
                 if path in self._due:

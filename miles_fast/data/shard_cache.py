@@ -71,10 +71,7 @@ class ShardCache:
         index = self.path(file).with_suffix(".idx")
         if not index.exists():
             self._find_index(file)
-        try:
-            return file, parse_index(index.read_text(encoding="utf-8", errors="surrogateescape"))
-        except (OSError, ValueError) as error:
-            raise ShardError(f"{index}, the index of {file}, cannot be used ({error}); delete it") from error
+        return file, _read_index(index, file)
 
     def _find_index(self, file: RemoteFile) -> None:
         url = _index_url(file.url)
@@ -169,7 +166,7 @@ class ShardCache:
         found, index = scan(partial, str(file)), self.path(file).with_suffix(".idx")
         if not index.exists():
             self._write_index(file, found)
-        elif parse_index(index.read_text(encoding="utf-8", errors="surrogateescape")) != found:
+        elif _read_index(index, file) != found:
             index.unlink(missing_ok=True)
             raise ShardError(
                 f"{file}: {shown(_index_url(file.url))} does not describe it; build that index anew, or take "
@@ -229,6 +226,13 @@ class ShardCache:
             if locked:
                 partial.unlink(missing_ok=True)
             return locked
+
+
+def _read_index(index: Path, file: RemoteFile) -> Listing:
+    try:
+        return parse_index(index.read_text(encoding="utf-8", errors="surrogateescape"))
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{index}, the index of {file}, cannot be used ({error}); delete it") from error
 
 
 def _index_url(url: str) -> str:

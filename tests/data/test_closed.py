@@ -111,5 +111,5 @@ def test_names_of_shards_are_refused(tmp_path, monkeypatch, name, message, allow
 def test_prefixes_that_allow_too_much_are_refused(tmp_path, prefix):
     source = SourceConfig(shards=["https://data.example/x.tar"])
     data = DataConfig(train=[source], allowed_prefixes=[prefix])
-    with pytest.raises(ShardError):
+    with pytest.raises(ShardError, match="data.allowed_prefixes: "):
         open_shards(source, data)

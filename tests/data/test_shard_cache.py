@@ -229,6 +229,21 @@ def test_a_damaged_index_is_named(server, tmp_path, text, message):
         ShardSet(urls, cache=cache_in(tmp_path / "cache", server))
 
 
+def test_a_damaged_file_of_the_cache_is_named(server, tmp_path):
+    urls = shards_on(server, 1)
+    cache = cache_in(tmp_path / "cache", server)
+    shards = ShardSet(urls, cache=cache)
+    read_all(shards)
+    shards.release()
+    (tar,) = cache.folder.glob("*.tar")
+    os.truncate(tar, 512)
+    with pytest.raises(ShardError, match=rf"{tar}: 512 bytes, but {urls[0]} has 40960; delete it"):
+        read_all(shards)
+    tar.with_suffix(".idx").write_text("?")
+    with pytest.raises(ShardError, match=r"\.idx, the index of .*delete it"):
+        ShardSet(urls, cache=cache)
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", malicious.SHARDS)
 def test_malicious_remote_shards_are_refused_by_name(server, tmp_path, kind):
