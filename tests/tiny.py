@@ -99,6 +99,14 @@ def tiny_config(root: Path, **sections: dict) -> Config:
     return parse_config(tree, "tiny")
 
 
+def joined_masks(config: Config, batch: int, rank: int, ranks: int, micro_step: int) -> np.ndarray:
+    """A rank's part of the masks that one rank would draw for the joined batch."""
+    from miles_fast.training.masks import draw_step_masks
+
+    joined = draw_step_masks(config, batch * ranks, 0, micro_step)
+    return joined[rank * batch : (rank + 1) * batch]
+
+
 def ds_tree(stage: int = 0, batch: int = 4, accumulation: int = 1, bf16: bool = False) -> dict:
     """DeepSpeed's json for the tiny runs."""
     return {

@@ -42,7 +42,10 @@ class Loader:
         quarantine: Quarantine,
         draw_masks: Callable[[int], np.ndarray] | None = None,
     ) -> None:
-        """`draw_masks(micro_step)` gives this rank's masks (B, M); micro steps count from 0 over the run."""
+        """`draw_masks(micro_step)` gives this rank's masks (B, M); micro steps count from 0 over the run.
+
+        It is called in a reading process, and must therefore be picklable.
+        """
         self.shard_sets = [open_shards(source, data) for source in data.train]
         self._orders = [
             order_of(shards, data, seed + source) for source, shards in enumerate(self.shard_sets)
@@ -68,7 +71,7 @@ class Loader:
         return _in_background(self._make_batches(first_step), self._prefetch)
 
     def _make_batches(self, first_step: int) -> Generator[Batch, None, None]:
-        coming: deque[tuple[int, Request, Pending]] = deque()
+        coming: deque[tuple[Request, Pending, Pending | None]] = deque()
         micro_step = first_step * self.share.accumulation
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
@@ -79,11 +82,16 @@ class Loader:
                 while len(coming) <= AHEAD:
                     request = self.request(micro_step)
                     windows.coming(request.source, *self._stretch(micro_step))
-                    coming.append((micro_step, request, pool.submit(request)))
+                    pending = pool.submit(request)
+                    drawing = pool.call(self._draw_masks, micro_step) if self._draw_masks else None
+                    coming.append((request, pending, drawing))
                     micro_step += 1
-                made, request, pending = coming.popleft()
+                request, pending, drawing = coming.popleft()
                 clips = self._accept(pending.collect())
-                masks = self._draw_masks(made) if self._draw_masks is not None else None
+                masks = None
+                if drawing is not None:
+                    masks = drawing.collect()[0].copy()
+                    drawing.release()
                 again = partial(self._read_here, request)
                 yield from self._finish.submit(request.draw.takes, clips, masks, again)
                 pending.release()

@@ -14,16 +14,17 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from socket import socketpair
+from typing import Any
 
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, read_for_evaluation, read_or_substitute
 from miles_fast.data.order import Draw
 from miles_fast.data.shards import ShardSet
 
-SLOTS = 4  # answers of one process that are in use or on their way
+SLOTS = 8  # answers of one process that are in use or on their way
 SLOT_BYTES = 1 << 30  # address space; memory is taken as it is written
 _ALIGNMENT = 64
 
@@ -38,11 +39,21 @@ class Request:
     seed: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A function of plain Python or numpy that would otherwise keep the training process from its work."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
 Answer = list[tuple[Clip, list[BadSample]]] | list[Clip | BadSample]
 
 
-def answer(shard_sets: Sequence[ShardSet], request: Request) -> Answer:
-    """Read what a request names, in this process. Raises ShardError."""
+def answer(shard_sets: Sequence[ShardSet], request: Request | Call) -> Answer | list[Any]:
+    """Read what a request names, or call a function, in this process. Raises ShardError."""
+    if isinstance(request, Call):
+        return [request.function(*request.arguments)]
     shards, draw = shard_sets[request.source], request.draw
     try:
         if request.seed is None:
@@ -63,7 +74,7 @@ class ReadingPool:
         self._turns = itertools.cycle(self._workers)
 
     def submit(self, request: Request) -> Pending:
-        """Share a request out in contiguous parts; at most SLOTS - 1 others may be pending."""
+        """Share a request out in contiguous parts; at most SLOTS - 1 parts or calls may be pending."""
         share = -(-len(request.items) // len(self._workers))
         workers = []
         for start in range(0, len(request.items), share or 1):
@@ -72,6 +83,12 @@ class ReadingPool:
             worker.send(Request(source=request.source, draw=request.draw, items=items, seed=request.seed))
             workers.append(worker)
         return Pending(workers)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Pending:
+        """Call a function that can be pickled; its result is the only answer."""
+        worker = next(self._turns)
+        worker.send(Call(function=function, arguments=arguments))
+        return Pending([worker])
 
     def close(self) -> None:
         """End the processes."""
@@ -114,7 +131,7 @@ class _Worker:
         self._connection.send(list(shard_sets))
         self.in_use = 0
 
-    def send(self, request: Request) -> None:
+    def send(self, request: Request | Call) -> None:
         assert self.in_use < SLOTS
         self.in_use += 1
         try:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from miles_fast.training.checkpoint import (
     save_checkpoint,
 )
 from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
-from miles_fast.training.masks import draw_masks
+from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.objective import Losses, Objective
 from miles_fast.training.progress import StepLog
 from miles_fast.training.snapshot import Snapshot
@@ -92,7 +93,7 @@ def pretrain(
         seed=config.run.seed,
         device=device,
         quarantine=quarantine,
-        draw_masks=(lambda micro_step: _masks(config, settings, micro_step)) if snapshot else None,
+        draw_masks=partial(draw_step_masks, config, settings.batch, rank()) if snapshot else None,
     )
     log = StepLog(run, first_step, config.run.steps)
     try:
@@ -230,18 +231,6 @@ class Meter:
             record["mfu"] = clips * self._flops / (self._peak * world_size())
         self.pause()
         return record
-
-
-def _masks(config: Config, settings: EngineSettings, micro_step: int) -> Any:
-    return draw_masks(
-        config.method.mask,
-        grid=config.model.video.grid,
-        num_frames=config.data.frames_per_clip,
-        batch=settings.batch,
-        seed=config.run.seed,
-        step=micro_step,
-        rank=rank(),
-    )
 
 
 def _initialize(objective: Objective, source: str) -> None:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from miles_fast.config import MaskConfig
+from miles_fast.config import Config, MaskConfig
 
 
 def draw_masks(
@@ -20,6 +20,19 @@ def draw_masks(
     stream = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step, rank, 0x4D41534B))))
     masks = [_draw_clip(config, grid, num_frames, stream) for _ in range(batch)]
     return np.stack(masks)
+
+
+def draw_step_masks(config: Config, batch: int, rank: int, micro_step: int) -> np.ndarray:
+    """`draw_masks` for one rank's micro batch of a run."""
+    return draw_masks(
+        config.method.mask,
+        grid=config.model.video.grid,
+        num_frames=config.data.frames_per_clip,
+        batch=batch,
+        seed=config.run.seed,
+        step=micro_step,
+        rank=rank,
+    )
 
 
 def _draw_clip(config: MaskConfig, grid: int, num_frames: int, stream: np.random.Generator) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,12 @@ def build_loader(config: Config, **share) -> Loader:
         seed=5,
         device=torch.device("cpu"),
         quarantine=Quarantine(None),
-        draw_masks=lambda micro_step: np.full((share.get("batch", 4), 1), micro_step),
+        draw_masks=partial(_numbered, share.get("batch", 4)),
     )
+
+
+def _numbered(batch: int, micro_step: int) -> np.ndarray:
+    return np.full((batch, 1), micro_step)
 
 
 def take(config: Config, first: int, count: int, **share) -> list[Batch]:

@@ -78,3 +78,15 @@ def test_a_dead_process_is_named(shard_sets, pool):
         os.kill(worker._process.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="ended with status -9"):
         pool.submit(next(requests(shard_sets))).collect()
+
+
+def test_functions_are_called_there_in_turn_with_reading(shard_sets, pool):
+    request = next(requests(shard_sets))
+    pending = [(pool.submit(request), pool.call(np.full, 3, number)) for number in range(3)]
+    for number, (clips, called) in enumerate(pending):
+        assert all(map(same, clips.collect(), answer(shard_sets, request)))
+        assert called.collect()[0].tolist() == [number] * 3
+        clips.release()
+        called.release()
+    with pytest.raises(ValueError, match="negative dimensions"):
+        pool.call(np.full, -1, 0).collect()

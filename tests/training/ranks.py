@@ -6,13 +6,14 @@ usage: ranks.py ROOT OUTPUT BATCH_PER_RANK STAGES   (STAGES like 0,1,2,3)
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from tiny import ds_tree, tiny_config  # noqa: E402
+from tiny import ds_tree, joined_masks, tiny_config  # noqa: E402
 
 from miles_fast.data.batches import Quarantine  # noqa: E402
 from miles_fast.data.loader import Loader  # noqa: E402
@@ -27,7 +28,6 @@ from miles_fast.training.engine import (  # noqa: E402
     init_process_group,
 )
 from miles_fast.training.loop import train_step  # noqa: E402
-from miles_fast.training.masks import draw_masks  # noqa: E402
 from miles_fast.training.objective import Objective  # noqa: E402
 from miles_fast.training.snapshot import Snapshot  # noqa: E402
 
@@ -53,12 +53,6 @@ def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
     )
     engine = build_engine(objective, settings)
 
-    def masks(step: int):
-        joined = draw_masks(
-            method.mask, grid=4, num_frames=2, batch=batch * world_size(), seed=0, step=step, rank=0
-        )
-        return joined[rank() * batch : (rank() + 1) * batch]
-
     loader = Loader(
         config.data,
         image_size=32,
@@ -67,7 +61,7 @@ def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
         seed=0,
         device=device,
         quarantine=Quarantine(None),
-        draw_masks=masks,
+        draw_masks=partial(joined_masks, config, batch, rank(), world_size()),
     )
     batches, losses, norms, keys = loader.batches(0), [], [], []
     for step in range(1, steps + 1):
