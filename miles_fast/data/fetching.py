@@ -94,7 +94,7 @@ def _fetch(url: str, path: Path) -> None:
         if attempt:
             time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
-            # aiohttp holds an answer to its length by itself; of http, `info` calls every failure "not found".
+            # aiohttp holds an answer to its length by itself; `info` calls every failure of http "not found".
             wanted = system.info(url)["size"] if url.lower().startswith("s3:") else None
             system.get_file(url, str(path))
         except (FileNotFoundError, PermissionError) as error:
