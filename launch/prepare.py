@@ -1,4 +1,4 @@
-"""Turn video tars, or a folder and its caption file, into the frame shards that training reads.
+"""Turn video tars, or a folder and its caption file, into the shards that training reads.
 
 python launch/prepare.py 'videos/{00000..00041}.tar' --output data/webvid
 python launch/prepare.py clips/ --captions clips/captions.csv --output data/clips
@@ -22,8 +22,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="tars (braces and globs), or one folder")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the frame shards go")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="tars (braces and globs; https and s3 too), or one folder"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
     parser.add_argument(
         "--look", action="store_true", help="only write a page (--output PAGE.html) of 40 samples of shards"
     )
@@ -64,7 +66,7 @@ def main() -> int:
     print(
         f"{summary.kept} clips in {len(summary.shards)} shards, {summary.num_bytes / 1e6:.1f} MB, "
         f"{summary.seconds:.0f} s, {summary.clips_per_second:.1f} clips/s; dropped "
-        f"{sum(summary.dropped.values())} {summary.dropped or ''}; look at "
+        f"{sum(summary.dropped.values())}{f' {summary.dropped}' if summary.dropped else ''}; look at "
         f"{Path(where['output']) / 'sample.html'} before you train"
     )
     return 0

@@ -272,8 +272,7 @@ def _scaled(frame, reformatter, size: tuple[int, int], crop: tuple[int, int] | N
     from av.video.reformatter import Interpolation
     from PIL import Image
 
-    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-    to = {"format": "yuv420p", "interpolation": flags, "threads": 1}
+    to = {"format": "yuv420p", "interpolation": Interpolation.BICUBIC, "threads": 1}
     if _is_plain(frame, crop):
         return reformatter.reformat(frame, width=size[0], height=size[1], **to)
     image = Image.fromarray(upright_rgb(frame, _reformatter(), name, crop))

@@ -1,4 +1,4 @@
-"""Preparation: videos or images with captions -> frame shards, the layout that training reads.
+"""Preparation: videos or images with captions -> shards of frames (or of videos) that training reads.
 
 Reads tars in any layout or a folder with a caption file; writes `DIR/00000.tar` (KEY.00.jpg ..., KEY.txt,
 KEY.json) with its index, `quarantine.jsonl`, `summary.json` and `sample.html`, a page to look at.
