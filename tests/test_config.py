@@ -39,6 +39,9 @@ def test_overrides_reach_nested_keys_and_list_items(tmp_path):
         ("method.mask.ratio=1.5", r"method.mask.ratio = 1.5"),
         ("model.video.patch_size=7", r"image_size 32 is not a multiple of patch_size 7"),
         ("data.caption_tokens=99", r"caption_tokens 99 exceeds model.text.max_positions 16"),
+        ("data.train.0.weight=0", r"data.train.0.weight = 0: .*greater than 0"),
+        ("data.train.0.weight=.inf", r"data.train.0.weight = inf: .*finite"),
+        ("data.cache_gib=0", r"data.cache_gib = 0"),
         ("run.steps=many", r"run.steps = 'many'"),
     ],
 )
