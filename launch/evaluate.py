@@ -26,13 +26,21 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=4, help="frames per clip")
     parser.add_argument("--caption-tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument(
+        "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"
+    )
     parser.add_argument("--json", type=Path, help="also write the metrics here")
     options = parser.parse_args()
     configure_logging()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     folder = model_folder(options.model)
     source = SourceConfig(shards=options.shards, name="evaluation")
-    data = DataConfig(train=[source], frames_per_clip=options.frames, caption_tokens=options.caption_tokens)
+    data = DataConfig(
+        train=[source],
+        frames_per_clip=options.frames,
+        caption_tokens=options.caption_tokens,
+        allowed_prefixes=options.allow,
+    )
     model = load(folder, str(device))
     loader = EvaluationLoader(
         source,

@@ -80,6 +80,14 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
+def initialize_linear_layers(module: nn.Module) -> None:
+    """ViT's: weights from a normal distribution of 0.02, biases zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+
 class SpaceTimeTransformer(nn.Module):
     """Encodes clips of any number of frames; `temporal_embed` is interpolated beyond its own rows."""
 
@@ -97,10 +105,7 @@ class SpaceTimeTransformer(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialize_linear_layers(self)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.initialize_temporal_branch()

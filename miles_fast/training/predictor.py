@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from miles_fast.config import PredictorConfig, VideoEncoderConfig
 from miles_fast.kernels.token_gather import token_gather
-from miles_fast.models.video_encoder import Block
+from miles_fast.models.video_encoder import Block, initialize_linear_layers
 
 
 class Predictor(nn.Module):
@@ -37,13 +37,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(sizes, "auto") for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.leave = nn.Linear(config.width, target_width)
-        self._initialize()
-
-    def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialize_linear_layers(self)
         for table in (self.mask_token, self.pos_embed, self.temporal_embed):
             nn.init.trunc_normal_(table, std=0.02)
 
