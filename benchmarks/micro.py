@@ -12,169 +12,20 @@ beyond its inputs.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from contests import CONTESTS, Contest, LaunchTable
 
-from miles_fast.kernels import (
-    attention_cases,
-    cases,
-    feature_regression,
-    space_attention,
-    temporal_attention,
-    token_gather,
-)
+from miles_fast.kernels import cases
 from miles_fast.kernels.dispatch import triton
-from miles_fast.models.attention import divided_attention
 
 COPY_BYTES = 1 << 30
-SWEEP_ROWS = (1, 2, 4, 8, 16, 32)
-SWEEP_WARPS = (1, 2, 4, 8)
-# A tile larger than this many numbers a thread only spills.
-SWEEP_NUMBERS_PER_THREAD = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchTable:
-    """A launch table of an op's, the direction it serves, and what a sweep puts there for a case."""
-
-    name: str
-    entries: dict[Any, tuple]
-    candidates: Callable[[Any], list[tuple]]
-
-    @property
-    def backward(self) -> bool:
-        """Whether the table serves the backward pass."""
-        return self.name.startswith("backward")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contest:
-    """An op, what it is timed against, where, and its launch tables; `key` is a case's entry in them."""
-
-    op: Callable
-    reference: Callable
-    rivals: dict[str, Callable]
-    trainer_cases: tuple[cases.Case, ...]
-    tables: tuple[LaunchTable, ...]
-    key: Callable[[Any], Any]
-
-
-def _block_width(case: Any) -> int:
-    return _power_of_two(case.D)
-
-
-def _rows_and_warps(case: Any) -> list[tuple[int, ...]]:
-    numbers = SWEEP_NUMBERS_PER_THREAD * 32
-    return [(r, w) for r in SWEEP_ROWS for w in SWEEP_WARPS if r * _block_width(case) <= numbers * w]
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def _both_tables(op: Any, candidates: Callable[[Any], list[tuple]]) -> tuple[LaunchTable, ...]:
-    return (
-        LaunchTable(name="forward", entries=op.LAUNCH_FORWARD, candidates=candidates),
-        LaunchTable(name="backward", entries=op.LAUNCH_BACKWARD, candidates=candidates),
-    )
-
-
-def _listed(*candidates: tuple) -> Callable[[Any], list[tuple]]:
-    return lambda case: list(candidates)
-
-
-# (query rows, key rows, warps, stages, most registers): those that compile without spills at 197 rows of 64.
-_SPACE_FORWARD = _listed(
-    (128, 64, 8, 3, None),
-    (128, 64, 8, 2, None),
-    (128, 32, 8, 3, None),
-    (64, 64, 4, 2, None),
-    (64, 64, 4, 3, None),
-    (64, 32, 4, 3, None),
-    (128, 64, 4, 3, None),
-    (64, 128, 4, 2, None),
-    (256, 64, 16, 2, None),
-)
-_SPACE_KEY = _listed(
-    (32, 128, 8, 2, 128),
-    (16, 128, 8, 2, 128),
-    (64, 64, 4, 2, None),
-    (64, 64, 4, 3, None),
-    (32, 64, 4, 2, None),
-    (32, 64, 4, 3, None),
-    (64, 128, 8, 2, None),
-    (32, 256, 16, 2, 128),
-)
-
-
-def _eager_and_compiled(reference: Callable) -> dict[str, Callable]:
-    return {"eager": reference, "compiled": torch.compile(reference, fullgraph=True, dynamic=False)}
-
-
-def _backends(axis: str) -> dict[str, Callable]:
-    def run(qkv: torch.Tensor, num_frames: int, backend: str) -> torch.Tensor:
-        return divided_attention(qkv, num_frames, axis, backend)
-
-    names = ["sdpa", *(["flash"] if importlib.util.find_spec("flash_attn") else [])]
-    eager = {name: partial(run, backend=name) for name in names}
-    return {**eager, "sdpa compiled": torch.compile(eager["sdpa"], dynamic=False)}
-
-
-CONTESTS = {
-    "token_gather": Contest(
-        op=token_gather.token_gather,
-        reference=token_gather.token_gather_reference,
-        rivals=_eager_and_compiled(token_gather.token_gather_reference),
-        trainer_cases=cases.TOKEN_GATHER_TRAINER,
-        tables=_both_tables(token_gather, _rows_and_warps),
-        key=_block_width,
-    ),
-    "feature_regression": Contest(
-        op=feature_regression.feature_regression,
-        reference=feature_regression.feature_regression_reference,
-        rivals=_eager_and_compiled(feature_regression.feature_regression_reference),
-        trainer_cases=cases.FEATURE_REGRESSION_TRAINER,
-        tables=_both_tables(feature_regression, _rows_and_warps),
-        key=_block_width,
-    ),
-    "temporal_attention": Contest(
-        op=temporal_attention.temporal_attention,
-        reference=temporal_attention.temporal_attention_reference,
-        rivals=_backends("time"),
-        trainer_cases=attention_cases.TRAINER,
-        tables=_both_tables(
-            temporal_attention, _listed((32, 1), (32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
-        ),
-        key=lambda case: (_power_of_two(case.T), _power_of_two(case.S)),
-    ),
-    "space_attention": Contest(
-        op=space_attention.space_attention,
-        reference=space_attention.space_attention_reference,
-        rivals=_backends("space"),
-        trainer_cases=attention_cases.TRAINER,
-        tables=(
-            LaunchTable(name="forward", entries=space_attention.LAUNCH_FORWARD, candidates=_SPACE_FORWARD),
-            LaunchTable(
-                name="backward query",
-                entries=space_attention.LAUNCH_BACKWARD_QUERY,
-                candidates=_SPACE_FORWARD,
-            ),
-            LaunchTable(
-                name="backward key", entries=space_attention.LAUNCH_BACKWARD_KEY, candidates=_SPACE_KEY
-            ),
-        ),
-        key=lambda case: (_power_of_two(case.P + 1), _power_of_two(case.S)),
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,10 @@ import torch
 
 # The first pattern that a kernel's name holds decides its part.
 PARTS = (
-    ("attention", r"flash|fmha|attend|attention|cls_output|cls_gradient"),
+    (
+        "attention",
+        r"flash|fmha|attend|attention|_(query|key)_gradient_|_differentiate_kernel|_combine_(output|gradient)_",
+    ),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
     ("optimizer and snapshot", r"adam|lerp|multi_tensor|foreach"),
     ("memory copies", r"memcpy|memset|Memcpy|Memset"),
@@ -18,8 +21,6 @@ PARTS = (
     ("decoding", r"jpeg|resample|dali|nvimgcodec|SliceFlip|BatchedSeparable|Idct|huffman"),
     ("fused pointwise", r"triton_"),
 )
-
-
 # Annotations of the profiler's own: their kernels are listed by themselves.
 _ANNOTATIONS = re.compile(r"ProfilerStep|Optimizer\.")
 

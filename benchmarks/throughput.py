@@ -24,7 +24,8 @@ from step_parts import host_table, parts_of, table
 
 from miles_fast.config import Config, load_config
 from miles_fast.data.demo import prepare_demo
-from miles_fast.data.shards import ShardSet, expand_shards
+from miles_fast.data.shards import expand_shards
+from miles_fast.data.sources import open_shards
 from miles_fast.distributed import configure_logging
 from miles_fast.training.engine import init_process_group, read_ds_config
 from miles_fast.training.loop import pretrain
@@ -38,10 +39,10 @@ def time_loader(
 ) -> dict[str, Any]:
     """The loader, its stages, and what people would otherwise use, on this machine and these shards."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    frames, workers = expand_shards(config.data.train[0].shards), config.data.decode_workers
+    shards, workers = open_shards(config.data.train[0], config.data), config.data.decode_workers
     rivals = {}
-    if ShardSet(frames)[0].layout() == "frames":
-        rivals["webdataset_pillow"] = webdataset_pillow(frames, config, batch, workers)
+    if shards.cache is None and shards[0].layout() == "frames":  # the rivals read local files
+        rivals["webdataset_pillow"] = webdataset_pillow(shards.paths, config, batch, workers)
     if videos:
         rivals["torch_dataloader_pyav"] = torch_dataloader(expand_shards(videos), config, batch, workers)
     figures = asdict(measure_loader(config, batch, batches, device))

@@ -52,7 +52,7 @@ class Loader:
         ]
         check_room(self.shard_sets, self._orders)
         self._mixture = Mixture([source.weight for source in data.train])
-        self.draws = [
+        self._draws = [
             ClipDraw(
                 num_frames=data.frames_per_clip,
                 takes=_input(shards, source, data, device),
@@ -102,7 +102,7 @@ class Loader:
         source, turn = self._mixture.serve(step)
         order = self._orders[source]
         draws = tuple(map(order.draw, self.share.places(turn, micro)))
-        return Request(source=source, draw=self.draws[source], items=draws, seed=order.seed)
+        return Request(source=source, draw=self._draws[source], items=draws, seed=order.seed)
 
     def _stretch(self, micro_step: int) -> tuple[int, int]:
         """First and last place that a step takes of its source on all ranks, which may share a cache."""
