@@ -136,13 +136,16 @@ def _remedy(stage: str, found: Examination, config: Config, batch: int) -> str:
 
 def _time_cold_reading(config: Config, batch: int, batches: int, device: torch.device) -> float:
     loader = open_loader(config, batch, device)
-    for shards in loader.shard_sets:
-        for place in shards.paths:
-            path = place if isinstance(place, Path) else shards.cache.path(place)
-            if path.exists():  # a remote shard may not be in the cache
-                _drop_from_memory(path)
-    # No batch is read ahead of time here: a warm-up would bring the shards back into memory.
-    return time_reading(loader, config.data.decode_workers, batches, warmup=0)
+
+    def drop() -> None:
+        for shards in loader.shard_sets:
+            for place in shards.paths:
+                path = place if isinstance(place, Path) else shards.cache.path(place)
+                if path.exists():  # a remote shard may not be in the cache
+                    _drop_from_memory(path)
+
+    # A warm-up would bring the shards back into memory.
+    return time_reading(loader, config.data.decode_workers, batches, warmup=0, before=drop)
 
 
 def _drop_from_memory(path: Path) -> None:

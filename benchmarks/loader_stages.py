@@ -101,9 +101,19 @@ def _milliseconds(call: Callable[[], Any], times: int, warmup: int = WARMUP) -> 
     return 1000 * (time.perf_counter() - start) / times
 
 
-def time_reading(loader: Loader, workers: int, batches: int, warmup: int = WARMUP) -> float:
-    """Milliseconds a batch of the reading processes alone."""
+def time_reading(
+    loader: Loader,
+    workers: int,
+    batches: int,
+    warmup: int = WARMUP,
+    before: Callable[[], None] = lambda: None,
+) -> float:
+    """Milliseconds a batch of the reading processes alone; `before` is called when they have started."""
     with contextlib.closing(ReadingPool(loader.shard_sets, workers)) as pool:
+        for started in [pool.call(int) for _ in range(workers)]:
+            started.collect()
+            started.release()
+        before()
         waiting = map(loader.request, itertools.count())
         coming = deque(pool.submit(next(waiting)) for _ in range(AHEAD + 1))
 
