@@ -3,6 +3,8 @@
 python benchmarks/throughput.py loader [--config FILE] [section.key=value ...]
 python benchmarks/throughput.py step   [--config FILE] [section.key=value ...]
 python benchmarks/throughput.py doctor [--config FILE] [section.key=value ...]   what holds a run back
+python benchmarks/throughput.py decoders --videos TAR ...   the loader by layout and decoder
+python benchmarks/throughput.py spoiled   the loader where a share of the samples is unusable
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from doctor import examine, report
+from loader_inputs import time_decoders, time_spoiled
 from loader_rivals import clips_per_second, torch_dataloader, webdataset_pillow
 from loader_stages import WARMUP, measure_loader
 from step_parts import host_table, parts_of, table
@@ -35,10 +38,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def time_loader(
-    config: Config, batch: int, batches: int, videos: list[str], rival_seconds: float
+    config: Config,
+    batch: int,
+    batches: int,
+    videos: list[str],
+    rival_seconds: float,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The loader, its stages, and what people would otherwise use, on this machine and these shards."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     shards, workers = open_shards(config.data.train[0], config.data), config.data.decode_workers
     rivals = {}
     if shards.cache is None and shards[0].layout() == "frames":  # the rivals read local files
@@ -77,12 +84,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["loader", "step", "doctor"])
+    parser.add_argument("what", choices=["loader", "step", "doctor", "decoders", "spoiled"])
     parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
     parser.add_argument("--ds_config", default=str(ROOT / "ds.json"))
     parser.add_argument("--batches", type=int, default=50, help="batches of the loader, and steps")
     parser.add_argument(
-        "--videos", nargs="+", default=[], metavar="TAR", help="loader: mp4 shards for torch's DataLoader"
+        "--videos",
+        nargs="+",
+        default=[],
+        metavar="TAR",
+        help="mp4 shards: loader gives them to torch's DataLoader, decoders prepares them in each way",
     )
     parser.add_argument("--rival-seconds", type=float, default=10.0, help="loader: time for each rival")
     parser.add_argument(
@@ -96,6 +107,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     configure_logging()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         steps = options.batches + WARMUP + options.profile
         run = [f"run.steps={steps}", f"run.folder={folder}/run", "run.log_every=5"]
@@ -107,8 +119,16 @@ def main() -> None:
             prepare_demo(Path(config.data.demo_corpus))
         if options.what == "loader":
             figures = time_loader(
-                config, settings.batch, options.batches, options.videos, options.rival_seconds
+                config, settings.batch, options.batches, options.videos, options.rival_seconds, device
             )
+        elif options.what == "decoders":
+            if not options.videos:
+                parser.error("decoders compares decoders on mp4 shards: --videos 'DIR/*.tar'")
+            figures = time_decoders(
+                config, settings.batch, options.batches, options.videos, Path(folder), device
+            )
+        elif options.what == "spoiled":
+            figures = time_spoiled(config, settings.batch, options.batches, Path(folder), device)
         elif options.what == "doctor":
             found = examine(config, settings, options.batches, init_process_group())
             print(report(found, config, settings.batch))

@@ -11,6 +11,7 @@ import yaml
 from tiny import ds_tree, tiny_config, tiny_tree, write_data
 
 from miles_fast.data.demo_corpus import Recipe, build_demo_corpus
+from miles_fast.data.shards import ShardSet
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -43,15 +44,50 @@ def call(root, what, *options):
     return run.stdout, json.loads((root / f"{what}.json").read_text())
 
 
-def test_loader_beside_its_rivals(root):
+@pytest.fixture(scope="module")
+def videos(root):
     corpus = build_demo_corpus(root / "corpus", Recipe(num_train=8, num_heldout=2), workers=1)
-    videos = [str(path) for path in corpus.train_tars]
+    return [str(path) for path in corpus.train_tars]
+
+
+def test_loader_beside_its_rivals(root, videos):
     printed, figures = call(root, "loader", "--rival-seconds", "0.5", "--videos", *videos)
     rates = [value for name, value in figures.items() if name.endswith("per_second")]
     assert len(rates) == 5 and min(rates) > 0
     assert figures["frames_per_second"] == pytest.approx(2 * figures["clips_per_second"])
     assert figures["takes"] == "jpeg" and "torch_dataloader_pyav" in printed
     assert figures["batch_bytes"] == pytest.approx(4 * 2 * 3000, rel=0.9)
+
+
+def test_decoders_on_the_same_videos(root, videos):
+    _, figures = call(root, "decoders", "--videos", *videos)
+    rates = {name: value for name, value in figures.items() if name.endswith("clips/s")}
+    expected = {"frames clips/s", "raw PyAV clips/s", "transcode PyAV clips/s"}
+    assert rates.keys() >= expected and min(rates.values()) > 0
+
+
+def test_spoiled_shards_are_slower_by_a_figure(root):
+    _, figures = call(root, "spoiled")
+    slower = [name for name in figures if name.endswith("slower by %")]
+    assert len(slower) == 3 and "spoiled 50.0 %, slower by %" in slower
+    clean = figures["spoiled 0.0 % clips/s"]
+    half = figures["spoiled 50.0 % clips/s"]
+    assert figures["spoiled 50.0 %, slower by %"] == pytest.approx(100 * (1 - half / clean))
+
+
+def test_spoiling_spoils_whole_samples(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from loader_inputs import spoil_frames
+
+    tars = sorted((root / "train").glob("*.tar"))
+    assert spoil_frames(tars, root / "half", 0.5) == 0.5
+    changed = []
+    for before in ShardSet(tars):
+        after = next(s for s in ShardSet(sorted((root / "half").glob("*.tar"))) if s.key == before.key)
+        assert after.captions() == before.captions()
+        names = before.frame_extensions()
+        changed.append(sum(before.read(name) != after.read(name) for name in names))
+    assert sorted(changed) == 12 * [0] + 12 * [4]
 
 
 def test_step_and_its_parts(root):
