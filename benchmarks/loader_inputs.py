@@ -23,7 +23,6 @@ from miles_fast.data.preparation import PreparationOptions, prepare
 from miles_fast.data.sources import open_shards
 
 SPOILED_SHARES = (0.0, 0.01, 0.1, 0.5)
-REPEATS = 3
 
 
 def time_decoders(
@@ -31,7 +30,8 @@ def time_decoders(
 ) -> dict[str, Any]:
     """Clips/s of the loader from the same video shards: prepared in each way, and decoded in each way.
 
-    NVDEC's rows are left out without a GPU.
+    The prepared shards go to `folder`, where those of an earlier call are found again. NVDEC's rows are left
+    out without a GPU.
     """
     forms = {"raw": list(videos)}
     for layout in ("frames", "remux", "transcode"):
@@ -54,21 +54,28 @@ def time_decoders(
 def time_spoiled(
     config: Config, batch: int, batches: int, folder: Path, device: torch.device
 ) -> dict[str, Any]:
-    """Clips/s of the loader with shares of the first source's frames spoiled, as medians of runs in turn."""
+    """Clips/s of the loader with shares of the first source's frames spoiled.
+
+    Medians of as many rounds as there are shares, each of which begins with another one: a round's first run
+    may find another machine than its last.
+    """
     shards = open_shards(config.data.train[0], config.data)
     configs, shares = [], []
     for share in SPOILED_SHARES:
         place = folder / f"spoiled_{share}"
         shares.append(spoil_frames(shards.paths, place, share))
         configs.append(replace(config, data=_data_of(config, [str(place / "*.tar")])))
-    rates = [
-        [_clips_per_second(config, batch, batches, device)[0] for config in configs] for _ in range(REPEATS)
-    ]
-    medians = [statistics.median(column) for column in zip(*rates, strict=True)]
-    figures: dict[str, Any] = {"spoiled 0.0 % clips/s": medians[0]}
-    for share, rate in zip(shares[1:], medians[1:], strict=True):
-        figures[f"spoiled {100 * share:.1f} % clips/s"] = rate
-        figures[f"spoiled {100 * share:.1f} %, slower by %"] = 100 * (1 - rate / medians[0])
+    rates: list[list[float]] = [[] for _ in configs]
+    for first in range(len(configs)):
+        for number in [*range(first, len(configs)), *range(first)]:
+            rates[number].append(_clips_per_second(configs[number], batch, batches, device)[0])
+    clean = statistics.median(rates[0])
+    figures: dict[str, Any] = {}
+    for share, found in zip(shares, rates, strict=True):
+        name, rate = f"spoiled {100 * share:.1f} %", statistics.median(found)
+        figures |= {f"{name} clips/s": rate, f"{name}, slowest": min(found), f"{name}, fastest": max(found)}
+        if share:
+            figures[f"{name}, slower by %"] = 100 * (1 - rate / clean)
     return figures
 
 

@@ -95,6 +95,7 @@ def main() -> None:
         metavar="TAR",
         help="mp4 shards: loader gives them to torch's DataLoader, decoders prepares them in each way",
     )
+    parser.add_argument("--prepared", type=Path, metavar="DIR", help="decoders: keep what is prepared here")
     parser.add_argument("--rival-seconds", type=float, default=10.0, help="loader: time for each rival")
     parser.add_argument(
         "--profile",
@@ -124,9 +125,8 @@ def main() -> None:
         elif options.what == "decoders":
             if not options.videos:
                 parser.error("decoders compares decoders on mp4 shards: --videos 'DIR/*.tar'")
-            figures = time_decoders(
-                config, settings.batch, options.batches, options.videos, Path(folder), device
-            )
+            kept = options.prepared or Path(folder)
+            figures = time_decoders(config, settings.batch, options.batches, options.videos, kept, device)
         elif options.what == "spoiled":
             figures = time_spoiled(config, settings.batch, options.batches, Path(folder), device)
         elif options.what == "doctor":

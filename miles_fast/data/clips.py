@@ -39,12 +39,16 @@ class ClipDraw:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A sample as drawn: its frames, their view, one caption, its key."""
+    """A sample as drawn: its frames, their view, one caption, its key.
+
+    `tokens` are the caption's ids and attention mask, (2, L) int64, where a Reader has read the clip.
+    """
 
     frames: Frames
     view: View
     caption: str
     key: str
+    tokens: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miles_fast.config import ModelConfig, TextEncoderConfig
-from miles_fast.models.text_encoder import build_text_encoder, encode_captions
+from miles_fast.models.caption_tokens import CaptionEncoder
+from miles_fast.models.text_encoder import build_text_encoder
 from miles_fast.models.video_encoder import SpaceTimeTransformer, image_weights, load_image_weights
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class DualEncoder(nn.Module):
             raise ValueError("this model has no tokenizer: load it with miles_fast.load(folder)")
         device = self.vid_proj[0].weight.device
         length = min(length, self.config.text.max_positions)
-        ids, attention = encode_captions(self.tokenizer, captions, length)
-        return unit(self.embed_text(torch.from_numpy(ids).to(device), torch.from_numpy(attention).to(device)))
+        tokens_B2L = torch.from_numpy(CaptionEncoder(self.tokenizer, length)(captions)).to(device)
+        return unit(self.embed_text(*tokens_B2L.unbind(1)))
 
 
 def unit(x: Tensor) -> Tensor:

@@ -111,7 +111,6 @@ def healthy(doctor):
         batch_milliseconds=1.0,
         reading_milliseconds=1.0,
         decoding_milliseconds=1.0,
-        tokenising_milliseconds=0.1,
         growth_mib_per_thousand=0.0,
         batch_bytes=2_000_000,
         takes="jpeg",
@@ -138,7 +137,6 @@ def healthy(doctor):
             ["Reading", "prepare frames once (launch/prepare.py)"],
         ),
         ({"decoding_milliseconds": 20.0}, 200.0, ["Decoding", "50 %", "data.threads from 1"]),
-        ({"tokenising_milliseconds": 20.0}, 200.0, ["Tokenising", "data.caption_tokens from 8"]),
         ({}, 300.0, ["No stage alone is slower", "25 %", "cores"]),
     ],
 )
