@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
 from tiny import jpeg
 
 
@@ -85,12 +89,23 @@ def extended_headers(path: Path) -> Path:
     return path
 
 
-def with_huge_image(path: Path) -> Path:
-    """A few bytes that say they are 65535 x 65535 pixels."""
-    data = bytearray(jpeg(0))
-    at = data.index(b"\xff\xc0") + 5
-    data[at : at + 4] = b"\xff" * 4
-    return _write(path, ("a.jpg", bytes(data), {}), ("a.txt", b"a dog", {}))
+def with_huge_image(path: Path, kind: str, checked: bool) -> Path:
+    """A few bytes that say they are 65535 x 65535 pixels; `checked`: KEY.json has their checksum and lies."""
+    if kind == "jpg":
+        data = bytearray(jpeg(0))
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = b"\xff" * 4
+    else:
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+        picture = file.getvalue()
+        header = b"IHDR" + struct.pack(">II", 65535, 65535) + picture[24:29]
+        data = picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture[33:]
+    members = [(f"a.{kind}", bytes(data), {}), ("a.txt", b"a dog", {})]
+    if checked:
+        record = {"crc32": [zlib.crc32(data)], "width": 56, "height": 40}
+        members.append(("a.json", json.dumps(record).encode(), {}))
+    return _write(path, *members)
 
 
 def with_pickles(path: Path, proof: Path) -> Path:
