@@ -271,7 +271,7 @@ def expand_braces(pattern: str) -> list[str]:
         return list(braceexpand(pattern))
     except UnbalancedBracesError as error:
         raise ShardError(
-            f"pattern {shown(pattern)!r}: {error}; write it as 'data/{{00000..00041}}.tar'"
+            f"shard pattern {shown(pattern)!r}: {error}; write it as 'data/{{00000..00041}}.tar'"
         ) from error
 
 
