@@ -86,10 +86,10 @@ class TarSource:
 
     def load(self, sample: int) -> Clip:
         found = self.shards[sample]
-        video, pictures, crop = None, (), None
-        captions = tuple(found.captions(every=True))
+        video, pictures, crop, record = None, (), None, found.record()
+        captions = tuple(found.captions(every=True, record=record))
         if found.layout() == "video":
-            video, crop = found.read(found.video_extension()), found.crop(found.record())
+            video, crop = found.read(found.video_extension()), found.crop(record)
         else:
             pictures = tuple(found.read(extension) for extension in found.frame_extensions())
         source = {"shard": found.shard.name}

@@ -33,7 +33,7 @@ from miles_fast.files import write_whole
 __all__ = ["PreparationError", "PreparationOptions", "Summary", "prepare"]
 
 # Part of the plan: a change of what is written for the same input must not mix with shards written before it.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
