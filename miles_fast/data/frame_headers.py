@@ -35,7 +35,7 @@ def check_complete(data: bytes, name: str) -> None:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG whose segments follow one another as they should, in some microseconds."""
+    """(width, height) of a JPEG whose segments follow one another as they should, in a microsecond or two."""
     at, end = 2, len(data) - 9
     if data[:2] != b"\xff\xd8":
         return None
@@ -44,6 +44,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         if marker in _START_OF_FRAME:
             height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
             return (width, height) if width and height else None
+        if not 0xC0 <= marker < 0xFF or 0xD0 <= marker <= 0xDA:  # no length follows, or the picture does
+            return None
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     return None
 

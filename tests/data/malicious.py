@@ -89,19 +89,24 @@ def extended_headers(path: Path) -> Path:
     return path
 
 
-def with_huge_image(path: Path, kind: str, checked: bool) -> Path:
-    """A few bytes that say they are 65535 x 65535 pixels; `checked`: KEY.json has their checksum and lies."""
+def huge_image(kind: str) -> bytes:
+    """A few bytes that say they are 65535 x 65535 pixels."""
     if kind == "jpg":
         data = bytearray(jpeg(0))
         at = data.index(b"\xff\xc0") + 5
         data[at : at + 4] = b"\xff" * 4
-    else:
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(file, "PNG")
-        picture = file.getvalue()
-        header = b"IHDR" + struct.pack(">II", 65535, 65535) + picture[24:29]
-        data = picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture[33:]
-    members = [(f"a.{kind}", bytes(data), {}), ("a.txt", b"a dog", {})]
+        return bytes(data)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    picture = file.getvalue()
+    header = b"IHDR" + struct.pack(">II", 65535, 65535) + picture[24:29]
+    return picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture[33:]
+
+
+def with_huge_image(path: Path, kind: str, checked: bool) -> Path:
+    """A shard of such an image; `checked`: KEY.json has its checksum, and another size."""
+    data = huge_image(kind)
+    members = [(f"a.{kind}", data, {}), ("a.txt", b"a dog", {})]
     if checked:
         record = {"crc32": [zlib.crc32(data)], "width": 56, "height": 40}
         members.append(("a.json", json.dumps(record).encode(), {}))

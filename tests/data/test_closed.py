@@ -77,6 +77,16 @@ def test_the_size_of_a_picture_is_read_from_its_header(save):
             frame_size(cut, "x")
 
 
+def test_a_size_cannot_be_hidden_by_a_fill_byte():
+    data = malicious.huge_image("jpg")
+    at = data.index(b"\xff\xc0")
+    hidden = data[:at] + b"\xff" + data[at:]  # FF FF C0 00 is no segment of 0xC000 bytes
+    hidden = hidden.ljust(at + 2 + 0xC000, b"\0") + b"\xff\xc0\x00\x11\x08" + b"\x00\x10" * 2 + bytes(9)
+    with pytest.raises(SampleError) as raised:
+        frame_size(hidden, "x")
+    assert raised.value.cause == "frame too large"
+
+
 def test_a_video_that_grows_is_a_bad_sample(monkeypatch, encode_video):
     # MPEG-TS may change its size on the way: what the header says first is not the whole of it.
     monkeypatch.setattr(decoding, "MAX_FRAME_PIXELS", 64 * 64)
