@@ -151,7 +151,8 @@ class EvaluationLoader:
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
             pool = stack.enter_context(contextlib.closing(ReadingPool([self._shards], self._num_workers)))
-            ahead = stack.enter_context(contextlib.closing(SequentialPrefetcher(self._shards, AHEAD + 1)))
+            ahead = SequentialPrefetcher(self._shards, samples, AHEAD + 1)
+            stack.enter_context(contextlib.closing(ahead))
             for start in range(0, len(samples) + AHEAD * self._batch, self._batch):
                 items = tuple(samples[start : start + self._batch])
                 if items:

@@ -131,9 +131,9 @@ class WindowPrefetcher:
 class SequentialPrefetcher:
     """Has the shards that evaluation reads now, and the next one, in the cache as far as they fit."""
 
-    def __init__(self, shards: ShardSet, pending: int) -> None:
-        """`pending`: how many requests may be on their way at the same time."""
-        self._shards = shards
+    def __init__(self, shards: ShardSet, samples: range, pending: int) -> None:
+        """`samples` are read, in order; `pending`: how many requests may be on their way at the same time."""
+        self._shards, self._samples = shards, samples
         self._starts = deque[int](maxlen=pending)
         self._prefetcher = Prefetcher(shards.cache) if shards.cache is not None else None
 
@@ -143,11 +143,11 @@ class SequentialPrefetcher:
             return
         self._starts.append(first)
         ends = self._shards.shard_ends
-        present = int(np.searchsorted(ends, self._starts[0], side="right"))
-        following = int(np.searchsorted(ends, last, side="right")) + 1
+        places = self._starts[0], last, self._samples[-1]
+        present, read, final = np.searchsorted(ends, places, side="right").tolist()
         wanted: list[RemoteFile] = []
         room = self._shards.cache.bound_bytes
-        for file in self._shards.paths[present : following + 1]:
+        for file in self._shards.paths[present : min(read + 1, final) + 1]:
             if isinstance(file, RemoteFile) and file.size <= room:
                 wanted.append(file)
                 room -= file.size

@@ -174,6 +174,9 @@ def test_evaluation_downloads_the_next_shard_meanwhile(web, tmp_path):
             assert time.monotonic() < deadline, held
             time.sleep(0.01)
         assert sorted(held) == ["00000", "00001"]
+    loader = evaluation(web, tmp_path / "other", 1, cache_gib=9 * SIZE / 2**30)
+    assert len(list(loader.batches(Quarantine(None), range(6)))) == 6
+    assert [path.name[:5] for path in (tmp_path / "other").glob("*.tar")] == ["00000"]
 
 
 def test_a_cache_too_small_for_two_windows_is_named(web, tmp_path):
