@@ -17,7 +17,7 @@ OPTIONAL = {
     "transformers": 3,
     "s3fs": 1,
     "botocore": 1,
-    "aiohttp": 2,
+    "aiohttp": 1,
 }
 
 

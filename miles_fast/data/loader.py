@@ -19,7 +19,7 @@ from miles_fast.data.batches import Batch, BatchFinisher, Quarantine
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, Input
 from miles_fast.data.mixture import Mixture
 from miles_fast.data.order import Share
-from miles_fast.data.prefetch import WindowPrefetcher, check_room
+from miles_fast.data.prefetch import SequentialPrefetcher, WindowPrefetcher, check_room
 from miles_fast.data.reading import Pending, Reader, ReadingPool, Request
 from miles_fast.data.shards import SampleError, ShardError, ShardSet
 from miles_fast.data.sources import open_shards, order_of
@@ -158,9 +158,12 @@ class EvaluationLoader:
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
             pool = stack.enter_context(contextlib.closing(ReadingPool(self._reader, self._num_workers)))
+            ahead = SequentialPrefetcher(self._shards, samples, AHEAD + 1)
+            stack.enter_context(contextlib.closing(ahead))
             for start in range(0, len(samples) + AHEAD * self._batch, self._batch):
                 items = tuple(samples[start : start + self._batch])
                 if items:
+                    ahead.coming(items[0], items[-1])
                     request = Request(source=0, draw=self._draw, items=items, seed=None)
                     coming.append((request, pool.submit(request)))
                 if coming and (len(coming) > AHEAD or not items):

@@ -13,12 +13,12 @@ from tiny import caption, jpeg, tiny_config, write_data, write_frames
 from miles_fast.config import SourceConfig
 from miles_fast.data.augmentation import MEAN, STD, build_augmentation
 from miles_fast.data.batches import Quarantine
-from miles_fast.data.captions import build_vocabulary
 from miles_fast.data.clips import ClipDraw, read_clip
 from miles_fast.data.loader import EvaluationLoader, Loader
 from miles_fast.data.order import Share
 from miles_fast.data.sampling import View, sample_stream, training_view
 from miles_fast.data.shards import SampleError, ShardError, ShardSet
+from miles_fast.data.vocabulary import build_vocabulary
 from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.text_encoder import load_tokenizer
 

@@ -8,11 +8,11 @@ import pytest
 from tiny import caption, write_frames
 
 from miles_fast.data import reading
-from miles_fast.data.captions import build_vocabulary
 from miles_fast.data.clips import ClipDraw
 from miles_fast.data.order import draw_at
 from miles_fast.data.reading import Reader, ReadingPool, Request
 from miles_fast.data.shards import ShardError, ShardSet
+from miles_fast.data.vocabulary import build_vocabulary
 from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.text_encoder import load_tokenizer
 
