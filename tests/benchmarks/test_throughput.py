@@ -33,15 +33,17 @@ def doctor(monkeypatch):
     return doctor
 
 
-def call(root, what, *options):
+def throughput(root, what, *options):
     command = [sys.executable, str(BENCHMARKS / "throughput.py"), what, "--batches", "3"]
     files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
-    output = ["--json", str(root / f"{what}.json")]
-    run = subprocess.run(
-        [*command, *files, *output, *options], capture_output=True, text=True, timeout=250, cwd=root
-    )
+    run = subprocess.run([*command, *files, *options], capture_output=True, text=True, timeout=250, cwd=root)
     assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout, json.loads((root / f"{what}.json").read_text())
+    return run.stdout
+
+
+def call(root, what, *options):
+    printed = throughput(root, what, "--json", str(root / f"{what}.json"), *options)
+    return printed, json.loads((root / f"{what}.json").read_text())[what]
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +93,41 @@ def test_spoiling_spoils_whole_samples(root, monkeypatch):
 
 
 def test_step_and_its_parts(root):
-    _, figures = call(root, "step")
-    assert figures["clips_per_second"] > 0 and figures["step_milliseconds"] > 0
-    printed, _ = call(root, "step", "--profile", "2")
-    assert "host, profiled" in printed and "aten::" in printed
+    printed, rows = call(root, "step", "--report", str(root / "step.html"))
+    assert [row["name"] for row in rows] == [
+        "as configured",
+        "eager, SDPA",
+        "as published, bf16",
+        "as published, fp32",
+    ]
+    assert all(row["clips_per_second"] > 0 and row["batch"] == 4 for row in rows)
+    assert f"{rows[2]['clips_per_second']:.2f}" in printed
+    page = (root / "step.html").read_text()
+    assert f"{rows[1]['clips_per_second']:,.1f}" in page and "Training step" in page
+
+
+def test_a_profile_names_the_host_operators(root):
+    run = throughput(root, "step", "--profile", "2", "--json", str(root / "parts.json"))
+    assert "host, profiled" in run and "aten::" in run
+    assert "parts" in json.loads((root / "parts.json").read_text())
+
+
+def test_the_encoder_alone(root):
+    _, rows = call(root, "model")
+    assert [row["name"] for row in rows] == ["as configured", "eager, SDPA", "as published, fp32"]
+    for row in rows:
+        assert row["clips_per_second"] == pytest.approx(4000 / row["milliseconds"])
+        assert row["tflops_per_second"] > 0 and row["mfu"] is None
+
+
+def test_ablations_change_one_thing_each(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from variants import ABLATIONS, measure_variants
+
+    chosen = [one for one in ABLATIONS if one.plain_ops or one.ds]
+    rows = measure_variants(chosen, str(root / "tiny.yaml"), [], ds_tree(stage=1), 7)
+    assert [row.name for row in rows] == [one.name for one in chosen]
+    assert all(row.clips_per_second > 0 for row in rows)
 
 
 def test_the_doctor_examines_and_says_something(root):
