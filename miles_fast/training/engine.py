@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,54 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
     except ValueError as error:
         raise ConfigError(f"DeepSpeed refuses the ds config: {error}") from error
     assert engine.train_batch_size() == settings.batch * settings.accumulation * world_size()
+    use_flat_gradients(engine.optimizer)
     return engine
+
+
+def use_flat_gradients(optimizer: Any) -> None:
+    """Have BF16_Optimizer treat the gradient as what it keeps it as, one flat buffer a parameter group.
+
+    It copies, measures and clips parameter by parameter, five launches for each of three hundred; its norm,
+    its clipping and its update are the same over the buffers. Other optimizers are left as they are.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if (
+        not isinstance(optimizer, BF16_Optimizer)
+        or optimizer.has_moe_layers
+        or optimizer.immediate_grad_update
+    ):
+        return
+    flat = optimizer.fp32_groups_gradients_flat
+    pairs = [
+        (parameter, wide.view_as(parameter), group, place)
+        for group, parameters in enumerate(optimizer.bf16_groups)
+        for place, (parameter, wide) in enumerate(
+            zip(parameters, optimizer.fp32_groups_gradients[group], strict=True)
+        )
+    ]
+
+    @torch.no_grad()
+    def update_hp_grads(clear_lp_grads: bool = False) -> None:
+        used = [pair for pair in pairs if pair[0].grad is not None]
+        held = optimizer.fp32_groups_has_gradients
+        first = [pair for pair in used if not held[pair[2]][pair[3]]]
+        later = [pair for pair in used if held[pair[2]][pair[3]]]
+        for update, some in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
+            if some:
+                update([wide for _, wide, *_ in some], [parameter.grad for parameter, *_ in some])
+        for parameter, wide, group, place in used:
+            parameter._hp_grad = wide
+            held[group][place] = True
+        if clear_lp_grads:
+            optimizer.clear_lp_grads(set_to_none=True)
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        return flat if for_clipping else (flat, {})
+
+    optimizer.update_hp_grads, optimizer.get_grads_for_norm = update_hp_grads, get_grads_for_norm
+    # Without a gradient to add to, backward hands its own over.
+    optimizer.backward_prologue = partial(optimizer.clear_lp_grads, set_to_none=True)
 
 
 def gradient_norm(engine: Any) -> Tensor | None:
