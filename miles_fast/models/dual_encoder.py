@@ -55,7 +55,8 @@ class DualEncoder(nn.Module):
 
     def embed_video(self, video_BTCHW: Tensor) -> Tensor:
         """Normalised pixels (B, T, 3, H, W) -> clips in the shared space, not normalised: (B, E)."""
-        return self.vid_proj(self.video_model(video_BTCHW)[:, 0])
+        cls_B1 = torch.zeros(video_BTCHW.shape[0], 1, dtype=torch.long, device=video_BTCHW.device)
+        return self.vid_proj(self.video_model(video_BTCHW, rows_BM=cls_B1)[:, 0])
 
     @torch.inference_mode()
     def encode_video(self, video_BTCHW: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from miles_fast.models.attention import Axis, divided_attention, require_backend
 
 
 class DividedAttention(nn.Module):
-    """Packed qkv, attention along one axis, output projection: (B, N, D) -> (B, N, D)."""
+    """Packed qkv, attention along one axis, output projection: (B, N, D) -> (B, N, D), or (B, M, D)."""
 
     def __init__(self, width: int, heads: int, axis: Axis, backend: str) -> None:
         super().__init__()
@@ -25,9 +25,10 @@ class DividedAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, num_frames: int) -> Tensor:
+    def forward(self, x_BND: Tensor, num_frames: int, rows_BM: Tensor | None = None) -> Tensor:
         qkv_BN3HS = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
-        return self.proj(divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend))
+        attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend)
+        return self.proj(attended_BND if rows_BM is None else token_gather(attended_BND, rows_BM))
 
 
 class Mlp(nn.Module):
@@ -55,9 +56,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.norm3 = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, x_BND: Tensor, num_frames: int) -> Tensor:
+    def forward(self, x_BND: Tensor, num_frames: int, rows_BM: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), or only the rows `rows_BM` of it: behind attention no row needs another."""
         time = x_BND + self.timeattn(self.norm3(x_BND), num_frames)
-        space = x_BND + self.attn(self.norm1(time), num_frames)
+        attended = self.attn(self.norm1(time), num_frames, rows_BM)
+        space = (x_BND if rows_BM is None else token_gather(x_BND, rows_BM)) + attended
         return space + self.mlp(self.norm2(space))
 
 
@@ -160,11 +163,10 @@ class SpaceTimeTransformer(nn.Module):
         x_BND = self._embed_positions(patches_BND, num_frames)
         if visible_BK is not None:
             x_BND = token_gather(x_BND, F.pad(visible_BK + 1, (1, 0)))
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_BND = block(x_BND, num_frames)
-        if rows_BM is not None:
-            x_BND = token_gather(x_BND, rows_BM)
-        return self.norm(x_BND)
+        return self.norm(last(x_BND, num_frames, rows_BM))
 
     def _embed_positions(self, patches_BND: Tensor, num_frames: int) -> Tensor:
         batch, _, width = patches_BND.shape

@@ -169,7 +169,7 @@ def train_step(
 
     With statistics also the gradient's norm, where DeepSpeed keeps none.
     """
-    target = snapshot.encode(batch.video_BTCHW) if snapshot is not None else None
+    target = snapshot.encode(batch.video_BTCHW, batch.masked_BM) if snapshot is not None else None
     losses = engine(
         batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM, target, with_statistics
     )

@@ -51,40 +51,41 @@ class Objective(nn.Module):
         token_ids_BL: Tensor,
         attention_BL: Tensor,
         masked_BM: Tensor | None = None,
-        target_BND: Tensor | None = None,
+        target_BMD: Tensor | None = None,
         with_statistics: bool = False,
     ) -> Losses:
-        """Losses of a batch; `masked_BM` counts patches from 0, `target_BND` are the snapshot's."""
+        """Losses of a batch; `masked_BM` counts patches from 0, `target_BMD` are the snapshot's there."""
         text_BE = self.model.embed_text(token_ids_BL, attention_BL)
         if self.method.view == "none":
             contrast = contrastive_loss(text_BE, self.model.embed_video(video_BTCHW), self.method.contrast)
             zero = torch.zeros_like(contrast)
             return Losses(contrast, contrast.detach(), zero, zero, zero)
-        assert masked_BM is not None and target_BND is not None
+        assert masked_BM is not None and target_BMD is not None
         if self.method.view == "D":
-            cls_BD, features_BMD = self._encode_visible(video_BTCHW, masked_BM, target_BND.shape[1])
+            cls_BD, features_BMD = self._encode_visible(video_BTCHW, masked_BM)
         else:
-            cls_BD, features_BMD = self._encode_masked(video_BTCHW, masked_BM, target_BND.shape[1])
+            cls_BD, features_BMD = self._encode_masked(video_BTCHW, masked_BM)
             if self.method.regression.feature == "projected":
                 features_BMD = self.model.vid_proj(features_BMD)
         contrast = contrastive_loss(text_BE, self.model.vid_proj(cls_BD), self.method.contrast)
         features_BMD = self.head(features_BMD)
         regression = feature_regression(
-            features_BMD,
-            target_BND,
-            target_index_BM=masked_BM,
-            normalization=self.method.regression.normalization,
+            features_BMD, target_BMD, normalization=self.method.regression.normalization
         )
         total = contrast + self.method.regression.weight * regression
         cosine = std = torch.zeros_like(contrast)
         if with_statistics:
-            cosine, std = _statistics(features_BMD, target_BND, masked_BM)
+            cosine, std = _statistics(features_BMD, target_BMD)
         return Losses(total, contrast.detach(), regression.detach(), cosine, std)
 
-    def _encode_masked(self, video: Tensor, masked_BM: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
+    def _marked(self, video: Tensor, masked_BM: Tensor, dtype: torch.dtype) -> Tensor:
+        num_patches = video.shape[1] * self.model.config.video.grid**2
+        marked_BN = torch.zeros(video.shape[0], num_patches, dtype=dtype, device=video.device)
+        return marked_BN.scatter_(1, masked_BM, 1)
+
+    def _encode_masked(self, video: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
         batch = video.shape[0]
-        masked_BN = torch.zeros(batch, num_patches, dtype=torch.bool, device=video.device)
-        masked_BN.scatter_(1, masked_BM, True)
+        masked_BN = self._marked(video, masked_BM, torch.bool)
         both = self.method.view == "B"
         rows = F.pad(masked_BM + 1, (1, 0))
         tokens = self.model.video_model(
@@ -96,15 +97,14 @@ class Objective(nn.Module):
         )
         return tokens[-batch:, 0], tokens[:batch, 1:]
 
-    def _encode_visible(self, video: Tensor, masked_BM: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
-        masked_BN = torch.zeros(video.shape[0], num_patches, dtype=torch.uint8, device=video.device)
-        masked_BN.scatter_(1, masked_BM, 1)
+    def _encode_visible(self, video: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
+        masked_BN = self._marked(video, masked_BM, torch.uint8)
         # Visible patches first, in their order: their number is known, so that the host need not wait.
-        visible_BK = masked_BN.argsort(dim=1, stable=True)[:, : num_patches - masked_BM.shape[1]]
+        visible_BK = masked_BN.argsort(dim=1, stable=True)[:, : masked_BN.shape[1] - masked_BM.shape[1]]
         tokens = self.model.video_model(video, visible_BK=visible_BK)
         features_BMD = self.predictor(tokens, visible_BK, masked_BM)
         if self.method.contrast.clip == "full":
-            tokens = self.model.video_model(video)
+            tokens = self.model.video_model(video, rows_BM=torch.zeros_like(masked_BM[:, :1]))
         return tokens[:, 0], features_BMD
 
 
@@ -117,8 +117,6 @@ def _regression_head(kind: str, width: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _statistics(features_BMD: Tensor, target_BND: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
-    clips = torch.arange(masked_BM.shape[0], device=masked_BM.device)[:, None]
-    target_BMD = target_BND[clips, masked_BM].float()
-    cosine = F.cosine_similarity(features_BMD.float(), target_BMD, dim=-1).mean()
-    return cosine, target_BMD.flatten(0, 1).std(dim=0).mean()
+def _statistics(features_BMD: Tensor, target_BMD: Tensor) -> tuple[Tensor, Tensor]:
+    cosine = F.cosine_similarity(features_BMD.float(), target_BMD.float(), dim=-1).mean()
+    return cosine, target_BMD.float().flatten(0, 1).std(dim=0).mean()

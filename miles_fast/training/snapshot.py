@@ -47,9 +47,9 @@ class Snapshot:
         return self._modules["video_model"]
 
     @torch.no_grad()
-    def encode(self, video_BTCHW: Tensor) -> Tensor:
-        """Targets of the unmasked clips without [CLS]: (B, N, D), or (B, N, E) when projected."""
-        tokens = self.video_model(video_BTCHW)[:, 1:]
+    def encode(self, video_BTCHW: Tensor, masked_BM: Tensor) -> Tensor:
+        """Targets of the unmasked clips at patches counted from 0: (B, M, D), or (B, M, E) projected."""
+        tokens = self.video_model(video_BTCHW, rows_BM=masked_BM + 1)
         return self._modules["vid_proj"](tokens) if self.regression.feature == "projected" else tokens
 
     def momentum(self, step: int) -> float:

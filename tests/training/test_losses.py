@@ -118,13 +118,13 @@ def test_snapshot_copies_and_freezes():
         assert torch.equal(snapshot.state_dict()["vid_proj.0.weight"], expected)
 
 
-def test_targets_are_the_full_clip_without_cls_and_projected_when_asked():
+def test_targets_are_the_full_clips_masked_patches_projected_when_asked():
     model = student().eval()
     video = torch.randn(2, 2, 3, 16, 16)
-    for feature, expected in (
-        ("final_norm", model.video_model(video)[:, 1:]),
-        ("projected", model.vid_proj(model.video_model(video)[:, 1:])),
-    ):
+    patches = model.video_model(video)[:, 1:]
+    masked = torch.tensor([[0, 5, 7], [1, 2, patches.shape[1] - 1]])
+    chosen = torch.stack([clip[rows] for clip, rows in zip(patches, masked, strict=True)])
+    for feature, expected in (("final_norm", chosen), ("projected", model.vid_proj(chosen))):
         snapshot = Snapshot(
             model,
             SnapshotConfig(),
@@ -133,7 +133,7 @@ def test_targets_are_the_full_clip_without_cls_and_projected_when_asked():
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
-        torch.testing.assert_close(snapshot.encode(video), expected)
+        torch.testing.assert_close(snapshot.encode(video, masked), expected)
 
 
 def test_flops_are_the_specs():
