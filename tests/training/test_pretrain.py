@@ -13,8 +13,8 @@ from tiny import ds_tree, tiny_config, write_data, write_frames
 import miles_fast
 from miles_fast.config import ConfigError
 from miles_fast.export.run import export_run
-from miles_fast.training import checkpoint as checkpoint_module
-from miles_fast.training.checkpoint import CheckpointError
+from miles_fast.training import saving
+from miles_fast.training.manifest import CheckpointError
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.progress import read_log
@@ -188,15 +188,16 @@ def test_another_architecture_is_refused_with_the_difference(root, tmp_path):
 
 def test_a_full_disk_leaves_the_older_checkpoint(root, tmp_path, monkeypatch):
     config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 4, "save_every": 2})
-    write = checkpoint_module._write
+    write = saving.Saver._write
 
-    def full(partial, step, *rest):
-        if step == 4:
-            (partial / "half").write_bytes(b"0" * 100)
+    def full(saver, name, *rest):
+        if name == "step-00000004":
+            saver._partial.mkdir()
+            (saver._partial / "half").write_bytes(b"0" * 100)
             raise OSError(28, "No space left on device")
-        write(partial, step, *rest)
+        write(saver, name, *rest)
 
-    monkeypatch.setattr(checkpoint_module, "_write", full)
+    monkeypatch.setattr(saving.Saver, "_write", full)
     with pytest.raises(CheckpointError, match="No space left.*older checkpoints are untouched"):
         train(config)
     folder = tmp_path / "run" / "checkpoints"
