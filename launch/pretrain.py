@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--trust-checkpoint",
         action="store_true",
-        help="load DeepSpeed's own files (pickles, which can run any code) from a checkpoint without a manifest",
+        help="load DeepSpeed's own files (pickles: they can run any code) from a checkpoint without manifest",
     )
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -1,9 +1,9 @@
 """Checkpoints on disk: found, checked, and restored into any ZeRO stage and number of ranks.
 
-RUN/checkpoints/step-00000100/ holds rank-00000.safetensors ... (each rank's pieces of weights and moments, and
-its random state), snapshot.safetensors (the average), student/ (a model folder, float32), state.json (step,
-counts, schedule, the resolved config) and manifest.json. RUN/checkpoints/latest names the newest complete one.
-`saving` writes them. Nothing in them is a pickle.
+RUN/checkpoints/step-00000100/ holds rank-00000.safetensors and so on (each rank's pieces of weights and
+moments, and its random state), snapshot.safetensors (the average), student/ (a model folder, float32),
+state.json (step, counts, schedule, the resolved config) and manifest.json. RUN/checkpoints/latest names the
+newest complete one. `saving` writes them. Nothing in them is a pickle.
 """
 
 from __future__ import annotations

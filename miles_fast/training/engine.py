@@ -64,8 +64,8 @@ def check_ds_config(
         bf16["enabled"] = cuda
     if bf16.get("enabled") and not bf16.setdefault("check_grad_overflow", True):
         raise ConfigError(
-            f"{source}: bf16.check_grad_overflow = false lets gradients that are not finite into the weights; "
-            "take the line out"
+            f"{source}: bf16.check_grad_overflow = false lets gradients that are not finite into the "
+            "weights; take the line out"
         )
     batch = tree.get("train_micro_batch_size_per_gpu")
     if not isinstance(batch, int) or batch < 1:
@@ -153,7 +153,9 @@ def _skip_non_finite(optimizer: torch.optim.Optimizer) -> None:
     step = optimizer.step
 
     def step_if_finite() -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         optimizer.overflow = not torch.nn.utils.get_total_norm(gradients).isfinite().item()
         if not optimizer.overflow:
             step()

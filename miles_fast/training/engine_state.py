@@ -1,8 +1,8 @@
 """What each rank holds of the float32 weights and the optimizer's moments, whatever the ZeRO stage.
 
-A parameter's state is cut into contiguous pieces of the flattened tensor. Read back piece by piece it fits any
-stage and any number of ranks. DeepSpeed's own universal checkpoint would need an offline conversion, knows
-nothing of ZeRO 0, and is made of pickles.
+A parameter's state is cut into contiguous pieces of the flattened tensor. Read back piece by piece it fits
+any stage and any number of ranks. DeepSpeed's own universal checkpoint would need an offline conversion,
+knows nothing of ZeRO 0, and is made of pickles.
 """
 
 from __future__ import annotations

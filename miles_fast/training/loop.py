@@ -1,7 +1,7 @@
 """The training loop: batch, losses, an optimizer step, the snapshot's step, log, checkpoints.
 
-What goes wrong in it is somebody else's: `numerics` says which steps are skipped, `saving` writes beside it,
-`signals` stops it, `watchdog` ends it when a rank hangs.
+What can go wrong is dealt with elsewhere: `numerics` has bad steps skipped, `recovery` saves and goes back,
+`signals` stops the loop, `watchdog` ends it when a rank hangs.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,31 +21,22 @@ from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
 from miles_fast.distributed import barrier, gather_objects, logger, rank, sum_over_ranks, world_size
-from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
+from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.models.flops import peak_flops, training_flops
 from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import find_checkpoint, model_folder, read_state, restore_checkpoint
 from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
-from miles_fast.training.manifest import CheckpointError
 from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.memory_report import OutOfMemory, memory_report
-from miles_fast.training.numerics import (
-    LossGuard,
-    NumericsError,
-    SkippedData,
-    UpdateCheck,
-    warn_of_collapse,
-)
+from miles_fast.training.numerics import LossGuard, SkippedData, UpdateCheck, warn_of_collapse
 from miles_fast.training.objective import Losses, Objective
 from miles_fast.training.progress import StepLog
+from miles_fast.training.recovery import Deal, Evaluate, Training, roll_back, save_if_due, skipped
 from miles_fast.training.saving import Saver
-from miles_fast.training.signals import Ballot, Stopped, StopRequest, Vote
+from miles_fast.training.signals import Ballot, StopRequest, Vote
 from miles_fast.training.snapshot import Snapshot
 from miles_fast.training.watchdog import Watchdog
-
-Evaluate = Callable[[DualEncoder, torch.device], dict[str, Any]]
-Deal = Callable[[Loader, int], Generator[Batch, None, None]]
 
 
 def pretrain(
@@ -63,8 +52,8 @@ def pretrain(
 
     `resume` is `auto`, a run's folder or a checkpoint; without it an earlier run in the same folder is moved
     aside. `trust_checkpoint` lets DeepSpeed's pickles be loaded. Raises Stopped, after a checkpoint, where a
-    signal asked for it. `evaluate(model, device)` is called on all ranks every `run.evaluate_every` steps and at the end.
-    `deal(loader, first_step)` gives the batches; benchmarks put others in the loader's place.
+    signal asked for it. `evaluate(model, device)` is called on all ranks every `run.evaluate_every` steps and
+    at the end. `deal(loader, first_step)` gives the batches; benchmarks put others in the loader's place.
     """
     device = init_process_group()
     run = Path(config.run.folder)
@@ -165,26 +154,6 @@ def compile_towers(objective: Objective, snapshot: Snapshot | None) -> None:
         layer.compile(dynamic=False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What the loop works with."""
-
-    config: Config
-    settings: EngineSettings
-    engine: Any
-    snapshot: Snapshot | None
-    loader: Loader
-    deal: Deal
-    evaluate: Evaluate | None
-    run: Path
-    device: torch.device
-    log: StepLog
-    saver: Saver
-    stop: StopRequest
-    watchdog: Watchdog
-    left_out: SkippedData
-
-
 def _train(t: Training, step: int) -> None:
     """Train from behind `step`, as often from an earlier one as numbers go wrong."""
     while (back := _train_from(t, step)) is not None:
@@ -229,8 +198,8 @@ def _train_from(t: Training, first_step: int) -> int | None:
                     snapshot.follow(engine.module.model, step)
                 if logs:
                     update.after(step)
-            elif _skipped(t, step, wanted, guard):
-                return _roll_back(t, step)
+            elif skipped(t, step, wanted, guard):
+                return roll_back(t, step)
             if logs:
                 record = meter.record(losses, norm, engine, t.loader.quarantine)
                 record["skipped_steps"] = t.left_out.total
@@ -244,61 +213,8 @@ def _train_from(t: Training, first_step: int) -> int | None:
                     result = t.evaluate(engine.module.model, t.device)
                 t.log.write(step, {"evaluation": result})
                 meter.pause()
-            _save(t, step, vote, last=last)
+            save_if_due(t, step, vote, last=last)
     return None
-
-
-def _save(t: Training, step: int, vote: Vote, *, last: bool) -> None:
-    """Begin a checkpoint where one is due. One that ends the run is waited for; so is a failed one."""
-    run, ends = t.config.run, last or vote.stop
-    if not (ends or vote.failed or step % run.save_every == 0):
-        return
-    t.watchdog.report(f"saving after step {step}")
-    try:
-        if ends or vote.failed:
-            t.saver.settle()
-        elif vote.saving:
-            logger.warning("step %d: the checkpoint before is still being written; this one is left out", step)
-            return
-        if ends or step % run.save_every == 0:
-            t.saver.start(step, t.left_out.ranges)
-            t.left_out.saved()
-        if ends:
-            t.saver.settle()
-    except CheckpointError as error:
-        if run.on_save_error == "stop" or ends:
-            raise
-        logger.error("%s; training goes on (run.on_save_error)", error)
-    if vote.stop and not last:
-        raise Stopped(f"stopped by {t.stop.signal or 'a signal to another rank'} after step {step}: "
-                      "its checkpoint is complete, --resume auto goes on")
-
-
-def _skipped(t: Training, step: int, data: int, guard: LossGuard) -> bool:
-    """Record a step that changed nothing on any rank; True: enough of them, go back."""
-    blamed = guard.blame()
-    back = t.left_out.skipped(data)
-    shown = "; ".join(f"rank {b['rank']}: loss {b['loss']:.4g}, {', '.join(b['keys'][:4])}" for b in blamed[:4])
-    logger.warning("step %d was skipped on all ranks (%d so far): %s ...", step, t.left_out.total, shown)
-    t.log.write(step, {"skipped": blamed, "skipped_steps": t.left_out.total})
-    return back
-
-
-def _roll_back(t: Training, step: int) -> int:
-    t.watchdog.report(f"rolling back from step {step}")
-    t.saver.settle()
-    checkpoint = find_checkpoint(t.run, "auto")
-    if checkpoint is None:
-        raise NumericsError(
-            f"{t.config.run.max_skipped_steps} steps in a row up to step {step} were skipped, and there is no "
-            "checkpoint to go back to: lower the learning rate, or look at the samples that log.jsonl names"
-        )
-    state = read_state(checkpoint, t.config)
-    restore_checkpoint(checkpoint, state, t.engine, t.snapshot)
-    logger.warning("went back from step %d to %s; data left out: %s", step, checkpoint, t.left_out.ranges)
-    t.log.write(step, {"rolled_back_to": state["step"], "skipped_data": t.left_out.ranges})
-    t.log.go_back(state["step"])
-    return state["step"]
 
 
 def train_step(
@@ -319,7 +235,7 @@ def train_step(
     losses = engine(
         batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM, target, with_statistics
     )
-    engine.backward(guard.check(losses.total, batch.keys) if guard else losses.total)
+    engine.backward(guard.check(losses, batch.keys) if guard else losses.total)
     norm = gradient_norm(engine) if with_statistics else None
     if saver is not None:
         saver.before_update()

@@ -1,8 +1,8 @@
-"""Loud numerics: steps that are skipped on all ranks, spikes, rollback, updates that change nothing, collapse.
+"""Loud numerics: steps skipped on all ranks, spikes, rollback, updates that change nothing, collapse.
 
 A loss that is not finite, or is a spike, becomes a gradient that is not finite on its rank. Reducing the
-gradients carries that to all ranks, and DeepSpeed, which looks at the norm before it updates, skips the update
-and the schedule's step everywhere. The host reads nothing of the device beyond that one norm.
+gradients carries that to all ranks, and DeepSpeed, which looks at the norm before it updates, skips the
+update and the schedule's step everywhere. The host reads nothing of the device beyond that one norm.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from miles_fast.config import RunConfig
 from miles_fast.distributed import gather_objects, logger, rank, sum_over_ranks
 from miles_fast.training.engine_state import own_state
+from miles_fast.training.objective import Losses
 
 WINDOW = 128  # losses of which the running median is taken
 FEWEST = 16  # before so many there is no median to speak of
@@ -34,14 +35,15 @@ class LossGuard:
         self._factor = spike_factor
         self._recent = torch.full((WINDOW,), math.nan, device=device)
         self._count = 0
-        self._step: list[tuple[Tensor, Tensor, tuple[str, ...]]] = []
+        self._step: list[tuple[Tensor, Tensor, Tensor, tuple[str, ...]]] = []
 
     def begin(self) -> None:
         """A new optimizer step begins."""
         self._step.clear()
 
-    def check(self, loss: Tensor, keys: tuple[str, ...]) -> Tensor:
+    def check(self, losses: Losses, keys: tuple[str, ...]) -> Tensor:
         """The loss to go backward from: itself where it is fine, else one whose gradient is not finite."""
+        loss = losses.total
         seen = loss.detach().float()
         factor = seen * 0 + 1  # exactly 1, or NaN
         if self._factor is not None:
@@ -51,21 +53,32 @@ class LossGuard:
             # A spike must not raise the bar for the next one.
             self._recent[self._count % WINDOW] = torch.where(factor.isfinite(), seen, median)
             self._count += 1
-        self._step.append((seen, factor, keys))
+        self._step.append((seen, factor, losses.regression, keys))
         return loss * factor.to(loss.dtype)
 
     def blame(self) -> list[dict[str, Any]]:
         """Losses and sample keys of the ranks' micro steps that made the step be skipped.
 
-        All ranks must call it. Where every loss was fine, the gradients were not, and all are listed.
+        All ranks must call it. Embeddings of one rank reach every rank's contrast: where a regression, which
+        is a rank's own, is not finite, those ranks are meant. Where every loss was fine, the gradients were
+        not, and all are listed.
         """
         own = [
-            {"rank": rank(), "loss": loss.item(), "fine": bool(factor.isfinite()), "keys": list(keys)}
-            for loss, factor, keys in self._step
+            {
+                "rank": rank(),
+                "loss": loss.item(),
+                "fine": bool(factor.isfinite()),
+                "own fine": bool(regression.isfinite()),
+                "keys": list(keys),
+            }
+            for loss, factor, regression, keys in self._step
         ]
         every = [entry for entries in gather_objects(own) for entry in entries]
-        bad = [entry for entry in every if not entry["fine"]] or every
-        return [{name: value for name, value in entry.items() if name != "fine"} for entry in bad]
+        for sign in ("own fine", "fine"):
+            if not all(entry[sign] for entry in every):
+                every = [entry for entry in every if not entry[sign]]
+                break
+        return [{name: entry[name] for name in ("rank", "loss", "keys")} for entry in every]
 
 
 class SkippedData:
@@ -147,8 +160,8 @@ class UpdateCheck:
         changed = sum_over_ranks((new != self._old).sum().float())
         if self._rate > 0 and not changed:
             raise NumericsError(
-                f"step {step} changed none of the sampled weights, although DeepSpeed reports it as applied at "
-                f"a learning rate of {self._rate:.3g}: the update was lost, as in DeepSpeed's issue 8415"
+                f"step {step} changed none of the sampled weights, although DeepSpeed reports it as applied "
+                f"at a learning rate of {self._rate:.3g}: the update was lost, as in DeepSpeed's issue 8415"
             )
 
     def _nothing(self) -> Tensor:

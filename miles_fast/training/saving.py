@@ -77,7 +77,12 @@ class Saver:
     def __init__(
         self, run: Path, config: Config, engine: Any, snapshot: Snapshot | None, device: torch.device
     ) -> None:
-        self.folder, self._config, self._engine, self._snapshot = run / "checkpoints", config, engine, snapshot
+        self.folder, self._config, self._engine, self._snapshot = (
+            run / "checkpoints",
+            config,
+            engine,
+            snapshot,
+        )
         # Ranks must not meet what a killed run left, and need not wait until rank 0 has removed it.
         self._token = gather_objects(secrets.token_hex(4))[0]
         self._copy = HostCopy(device)
@@ -116,7 +121,9 @@ class Saver:
             "counters": counters(self._engine),
             "config": to_dict(self._config),
         }
-        shapes = {name: tuple(_shape(parameter)) for name, parameter in self._engine.module.named_parameters()}
+        shapes = {
+            name: tuple(_shape(parameter)) for name, parameter in self._engine.module.named_parameters()
+        }
         arguments = (f"step-{step:08d}", own, random_state(), state, shapes)
         self._given_up.clear()
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)

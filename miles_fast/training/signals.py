@@ -58,21 +58,29 @@ class Ballot:
     """
 
     def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._here = torch.zeros(len(Vote._fields), pin_memory=cuda)
+        self._cuda = device.type == "cuda"
+        self._here = torch.zeros(len(Vote._fields), pin_memory=self._cuda)
+        self._found = torch.zeros(len(Vote._fields), pin_memory=self._cuda)
         self._votes = torch.zeros(len(Vote._fields), device=device)
+        self._counted = torch.cuda.Event() if self._cuda else None
         self._vote = Vote(False, False, False)
 
     def cast(self, vote: Vote) -> None:
         """Say what this rank has to say; all ranks must call it."""
         self._vote = vote
-        if world_size() > 1:
-            self._here.copy_(torch.tensor(vote, dtype=torch.float32))
-            self._votes.copy_(self._here, non_blocking=True)
-            dist.all_reduce(self._votes, op=dist.ReduceOp.MAX)
+        if world_size() == 1:
+            return
+        self._here.copy_(torch.tensor(vote, dtype=torch.float32))
+        self._votes.copy_(self._here, non_blocking=True)
+        dist.all_reduce(self._votes, op=dist.ReduceOp.MAX)
+        self._found.copy_(self._votes, non_blocking=True)
+        if self._counted is not None:
+            self._counted.record()
 
     def count(self) -> Vote:
         """What any rank said at the last `cast`."""
-        if world_size() > 1:
-            self._vote = Vote(*(value > 0 for value in self._votes.tolist()))
-        return self._vote
+        if world_size() == 1:
+            return self._vote
+        if self._counted is not None:
+            self._counted.synchronize()
+        return Vote(*(value > 0 for value in self._found.tolist()))

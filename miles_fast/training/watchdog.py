@@ -1,8 +1,8 @@
 """The watchdog: ends all ranks when one of them hangs or is gone, and says which.
 
 A thread of every rank reports to a store on rank 0 how far its training thread is; rank 0's compares. A rank
-whose report stays away is gone (or its process is stopped); one that reports no progress while the others wait
-for it is hung: the one that is least far.
+whose report stays away is gone (or its process is stopped); when no rank gets on, those that are least far
+hang.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def _culprit(
     silent = [n for n, row in enumerate(rows) if unchanged_for(f"beat {n}", row[0]) > patience]
     if silent:
         names = ", ".join(map(str, silent))
-        return f"rank {names} gives no sign of life: its process is gone or stopped, while {rows[silent[0]][2]}"
+        return (
+            f"rank {names} gives no sign of life: its process is gone or stopped, while {rows[silent[0]][2]}"
+        )
     progress = [int(row[1]) for row in rows]
     if not rows or unchanged_for("progress", str(progress)) <= limit:
         return None
