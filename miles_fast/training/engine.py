@@ -173,15 +173,3 @@ def gradient_norm(engine: Any) -> Tensor | None:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
-
-
-def full_weights(engine: Any) -> dict[str, Tensor]:
-    """Whole float32 weights of the objective by name, on the CPU; all ranks must call it (ZeRO gathers)."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        source = parameter if full is None else full
-        weights[name] = source.detach().float().cpu().clone()
-    return weights

@@ -12,7 +12,7 @@ import torch
 from miles_fast.config import Config
 from miles_fast.data.batches import Batch
 from miles_fast.data.loader import Loader
-from miles_fast.distributed import logger
+from miles_fast.distributed import gather_objects, logger
 from miles_fast.models.dual_encoder import DualEncoder
 from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
 from miles_fast.training.engine import EngineSettings
@@ -54,23 +54,21 @@ def save_if_due(t: Training, step: int, vote: Vote, *, last: bool) -> None:
     if not (ends or vote.failed or step % run.save_every == 0):
         return
     t.watchdog.report(f"saving after step {step}")
-    try:
-        if ends or vote.failed:
+    if ends or vote.failed:
+        try:
             t.saver.settle()
-        elif vote.saving:
-            logger.warning(
-                "step %d: the checkpoint before is still being written; this one is left out", step
-            )
-            return
-        if ends or step % run.save_every == 0:
-            t.saver.start(step, t.left_out.ranges)
-            t.left_out.saved()
-        if ends:
-            t.saver.settle()
-    except CheckpointError as error:
-        if run.on_save_error == "stop" or ends:
-            raise
-        logger.error("%s; training goes on (run.on_save_error)", error)
+        except CheckpointError as error:
+            if run.on_save_error == "stop":
+                raise
+            logger.error("%s; training goes on (run.on_save_error)", error)
+    elif vote.saving:
+        logger.warning("step %d: the checkpoint before is still being written; this one is left out", step)
+        return
+    if ends or step % run.save_every == 0:
+        t.saver.start(step, t.left_out.ranges)
+        t.left_out.saved()
+    if ends:
+        t.saver.settle()
     if vote.stop and not last:
         raise Stopped(
             f"stopped by {t.stop.signal or 'a signal to another rank'} after step {step}: "
@@ -94,7 +92,7 @@ def roll_back(t: Training, step: int) -> int:
     """Restore the newest checkpoint and return its step. Raises NumericsError where there is none."""
     t.watchdog.report(f"rolling back from step {step}")
     t.saver.settle()
-    checkpoint = find_checkpoint(t.run, "auto")
+    checkpoint = gather_objects(find_checkpoint(t.run, "auto"))[0]  # as rank 0 sees the disk
     if checkpoint is None:
         raise NumericsError(
             f"{t.config.run.max_skipped_steps} steps in a row up to step {step} were skipped, and there is "

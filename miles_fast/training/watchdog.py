@@ -74,7 +74,7 @@ class Watchdog:
             try:
                 reports = self._exchange("|".join([str(number), str(self._progress), *words]))
             except RuntimeError as error:  # torch's errors of a store are
-                if not self._closed.is_set():
+                if not self._closed.wait(2 * self._interval):  # at the end rank 0 may be the first to go
                     reason = str(error).splitlines()[0]
                     _end(f"rank 0 gives no sign of life: its process is gone or stopped ({reason})")
                 return

@@ -14,7 +14,7 @@ from miles_fast.training.memory_report import OutOfMemory
 from miles_fast.training.progress import read_log
 from miles_fast.training.signals import HUNG, STOPPED
 
-HANG = ("--run-keys", '{"hang_seconds": 4}')
+HANG = ("--run-keys", '{"hang_seconds": 12}')
 
 
 def figures(run):
@@ -23,7 +23,11 @@ def figures(run):
 
 
 @pytest.mark.parametrize("kind,ranks", [("term", 2), ("usr1", 1)])
-def test_a_signal_ends_with_a_checkpoint_and_the_resume_is_bit_exact(start, tmp_path, finding, kind, ranks):
+def test_a_signal_ends_with_a_checkpoint_and_the_resume_is_bit_exact(
+    start, tmp_path, finding, full, kind, ranks
+):
+    if not full and kind != "term":
+        pytest.skip("make faults runs SIGUSR1 too")
     whole = start(tmp_path / "whole", ranks, "--steps", "5")
     assert whole.wait() == [0] * ranks, whole.errors
     # Only the last rank is told; all stop after the same step.
@@ -63,7 +67,7 @@ def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, k
     other = 1 - rank
     assert codes[other] == HUNG, run.errors
     assert said in run.errors[other], run.errors[other]
-    finding("F9", f"{kind} of rank {rank}: named, all ended {seconds:.0f} s after the start (limit 4 s)")
+    finding("F9", f"{kind} of rank {rank}: named, all ended {seconds:.0f} s after the start (limit 12 s)")
 
 
 def test_memory_that_does_not_suffice_is_reported(root, tmp_path, monkeypatch, finding):

@@ -36,11 +36,11 @@ def files_of(run, name):
 
 
 @pytest.mark.parametrize(
-    "stage,kind", [(0, "nan-data"), (1, "nan-gradient"), (2, "nan-data"), (3, "nan-data")]
+    "stage,kind", [(1, "nan-data"), (0, "nan-data"), (1, "nan-gradient"), (2, "nan-data"), (3, "nan-data")]
 )
 def test_a_bad_step_of_one_rank_changes_nothing_on_any(start, tmp_path, finding, full, stage, kind):
-    if not full and stage in (2, 3):
-        pytest.skip("make faults runs ZeRO 2 and 3")
+    if not full and (stage, kind) != (1, "nan-data"):
+        pytest.skip("make faults runs the others")
     options = ["--steps", "4", "--stage", str(stage), "--wait-for-saves"]
     options += ["--run-keys", '{"save_every": 1, "keep_checkpoints": 9}']
     run = start(tmp_path / "run", 2, *options, "--fault", f"{kind}:3:1")
@@ -63,7 +63,7 @@ def test_a_bad_step_of_one_rank_changes_nothing_on_any(start, tmp_path, finding,
     assert culprit["keys"] == next(entry["keys"] for entry in keys if entry["data"] == 3)
     if kind == "nan-data":  # whose loss was bad is named alone
         assert [entry["rank"] for entry in blamed[0]] == [1]
-    finding("F6", "1 of 1 bad steps on one rank skipped on both, weights, moments, snapshot bit-equal")
+    finding("F6", f"{kind} on one rank at ZeRO {stage}: skipped on both, state bit-equal")
 
 
 def train(root, folder, deal, **run):
@@ -100,7 +100,7 @@ def test_after_some_bad_steps_in_a_row_it_goes_back_and_leaves_their_data_out(ro
     assert losses[3] == losses[4]  # step 4 again, from the same state and the same data
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert state["step"] == 6 and state["skipped_data"] == [[4, 6]]
-    finding("F6", "rolled back after K in a row, their data left out, step after it bit-equal")
+    finding("F6", "after K in a row it goes back and leaves their data out")
 
 
 def test_it_gives_up_when_going_back_does_not_help(root, tmp_path):
