@@ -22,6 +22,8 @@ from miles_fast.training.signals import HUNG
 
 _VERDICT = "verdict"
 _GONE_SECONDS = 120.0  # a process that runs reports every few seconds
+_FIRST_STEP = 3  # reports up to the end of the first step, which starts the readers and compiles
+_START_PATIENCE = 5
 
 
 class Watchdog:
@@ -118,6 +120,8 @@ def _culprit(
             f"rank {names} gives no sign of life: its process is gone or stopped, while {rows[silent[0]][2]}"
         )
     progress = [int(row[1]) for row in rows]
+    if min(progress, default=0) < _FIRST_STEP:
+        limit *= _START_PATIENCE
     if not rows or unchanged_for("progress", str(progress)) <= limit:
         return None
     slow = [number for number, steps in enumerate(progress) if steps == min(progress)]
