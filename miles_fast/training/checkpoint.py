@@ -45,6 +45,8 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
         if (latest.parent / name).is_dir():
             return latest.parent / name
         # Killed while a checkpoint of the same step was being replaced.
+        if (latest.parent / f".{name}.old" / MANIFEST).is_file():
+            return latest.parent / f".{name}.old"
         complete = complete_checkpoints(latest.parent)
         if complete:
             logger.warning("%s names %s, which is gone: %s is the newest", latest, name, complete[-1])

@@ -93,7 +93,11 @@ class Saver:
         self.problem: str | None = None
         if rank() == 0:
             for left in self.folder.glob(".step-*"):
-                shutil.rmtree(left, ignore_errors=True)
+                replaced = self.folder / left.stem.removeprefix(".")
+                if left.suffix == ".old" and not replaced.exists():
+                    os.replace(left, replaced)  # killed before the new one was in its place
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def _elements(self) -> int:
         weights = sum(t.numel() for n, t in own_state(self._engine).items() if n.startswith("weight|"))

@@ -256,6 +256,21 @@ def test_deepspeeds_own_checkpoint_loads_when_it_is_trusted(root, tmp_path):
     assert all((piece.weight == 9).all() for piece in pieces(engine))
 
 
+def test_one_that_was_being_replaced_is_found_and_put_back(root, tmp_path):
+    config, engine, saver = saved(root, tmp_path, (1, 2))
+    (saver.folder / "step-00000002").rename(saver.folder / ".step-00000002.old")
+    (saver.folder / ".step-00000002.abcd").mkdir()  # what was to take its place
+    assert restore(config, engine, tmp_path) == 2
+    Saver(tmp_path, config, engine, None, CPU)
+    assert sorted(path.name for path in saver.folder.iterdir()) == [
+        "latest",
+        "step-00000001",
+        "step-00000002",
+    ]
+    shutil.rmtree(saver.folder / "step-00000002")
+    assert restore(config, engine, tmp_path) == 1
+
+
 def test_no_thread_is_left_behind(root, tmp_path):
     saved(root, tmp_path)
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]

@@ -62,7 +62,7 @@ def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, k
         pytest.skip("make faults runs them all")
     run = start(tmp_path / "run", 2, "--steps", "99", *HANG, "--fault", f"{kind}:3:{rank}")
     began = time.monotonic()
-    codes = run.wait(timeout=90, besides=(rank,) if kind in ("die", "freeze") else ())
+    codes = run.wait(timeout=200, besides=(rank,) if kind in ("die", "freeze") else ())
     seconds = time.monotonic() - began
     other = 1 - rank
     assert codes[other] == HUNG, run.errors

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from miles_fast.export.run import export_run
 from miles_fast.training.progress import read_log
+from miles_fast.training.signals import STOPPED
 
 
 def losses(run):
@@ -63,15 +64,16 @@ def test_a_run_goes_on_with_other_ranks_and_stages(start, tmp_path, finding):
     whole = start(reference, 1, "--steps", "6")
     assert whole.wait() == [0], whole.errors
     seen = []
-    for ranks, stage, steps in ((2, 2, 2), (1, 0, 4), (2, 3, 6)):
+    for ranks, stage, told in ((2, 2, 1), (1, 0, 3), (2, 3, None)):
         again = ("--resume", "auto") if seen else ()
-        options = ("--steps", str(steps), "--stage", str(stage), "--run-keys", '{"save_every": 2}')
-        run = start(folder, ranks, *options, *again)
-        assert run.wait() == [0] * ranks, run.errors
+        stop = ("--fault", f"term:{told}:0") if told else ()  # takes effect after the step behind it
+        run = start(folder, ranks, "--steps", "6", "--stage", str(stage), *stop, *again)
+        assert run.wait() == [STOPPED if told else 0] * ranks, run.errors
         fresh = keys_of(folder, ranks)
-        seen += fresh[:2]
+        assert len(fresh) == 2
+        seen += fresh
         for path in folder.parent.glob("run.keys*"):
             path.unlink()
-    assert seen == keys_of(reference, 1)[:6]
+    assert seen == keys_of(reference, 1)
     assert_same(folder, reference, 6)
     finding("F3", "2 -> 1 -> 2 ranks, ZeRO 2 -> 0 -> 3: same samples, none lost or repeated, same losses")
