@@ -36,6 +36,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: dist.TCPStore | None = None
+        self._answered = 0.0
 
     def start(self) -> None:
         """Connect the ranks and start watching; all ranks must call it. Without a limit it does nothing."""
@@ -43,8 +44,11 @@ class Watchdog:
             return
         if world_size() > 1:
             self._store = _store(timedelta(seconds=min(self._limit, _GONE_SECONDS)))
+        self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+        if rank() != 0:
+            threading.Thread(target=self._watch_rank_0, name="watchdog of rank 0", daemon=True).start()
 
     def report(self, doing: str) -> None:
         """The training thread goes on to `doing`; it does not wait."""
@@ -80,12 +84,20 @@ class Watchdog:
                     reason = str(error).splitlines()[0]
                     _end(f"rank 0 gives no sign of life: its process is gone or stopped ({reason})")
                 return
+            self._answered = time.monotonic()
             found = _culprit(reports, seen, time.monotonic(), self._limit, self._interval)
             if found:
                 if self._store is not None:
                     self._store.set(_VERDICT, found)
                     time.sleep(3 * self._interval)  # the others read it before the store goes
                 _end(found)
+
+    def _watch_rank_0(self) -> None:
+        """A store whose process is stopped does not fail: it lets the other thread wait."""
+        while not self._closed.wait(self._interval):
+            patience = min(self._limit, _GONE_SECONDS) + 3 * self._interval
+            if time.monotonic() - self._answered > patience:
+                _end(f"rank 0 gives no sign of life for {patience:.0f} s: its process is gone or stopped")
 
     def _exchange(self, report: str) -> list[str]:
         """Leave the own report; rank 0 gets all of them. Ends the process once rank 0 has a verdict."""

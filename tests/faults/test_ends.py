@@ -54,7 +54,7 @@ def test_a_signal_ends_with_a_checkpoint_and_the_resume_is_bit_exact(
         ("die", 1, "rank 1 gives no sign of life: its process is gone"),
         ("die", 0, "rank 0 gives no sign of life: its process is gone"),
         ("freeze", 1, "rank 1 gives no sign of life: its process is gone or stopped"),
-        ("freeze", 0, "rank 0 gives no sign of life: its process is gone or stopped"),
+        ("freeze", 0, "rank 0 gives no sign of life for 16 s: its process is gone or stopped"),
     ],
 )
 def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, kind, rank, said):
