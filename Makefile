@@ -1,9 +1,10 @@
 # make demo: install, build the demo shards, train, evaluate, export, print a table.  make test: install, test.
+# make faults: the faults that need no GPU, at full size, as a table (about an hour).  make soak: 20,000 steps.
 PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults soak lint clean
 
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv
@@ -16,6 +17,12 @@ demo: .venv/installed
 
 test: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+faults: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/faults/table.py $(FAULTS)
+
+soak: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/faults/soak.py
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -20,6 +20,7 @@ from miles_fast.models.dual_encoder import DualEncoder
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.engine import init_process_group, read_ds_config
 from miles_fast.training.loop import pretrain
+from miles_fast.training.signals import STOPPED, Stopped
 
 ROOT = Path(__file__).resolve().parent
 
@@ -29,6 +30,11 @@ def main() -> None:
     parser.add_argument("--ds_config", "--deepspeed_config", required=True, help="DeepSpeed's json")
     parser.add_argument("--config", default=str(ROOT / "configs" / "demo.yaml"), help="default: the demo's")
     parser.add_argument("--resume", help="auto, or the folder of a run or a checkpoint")
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load DeepSpeed's own files (pickles: they can run any code) from a checkpoint without manifest",
+    )
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
@@ -41,7 +47,13 @@ def main() -> None:
         if rank() == 0:
             prepare_demo(Path(config.data.demo_corpus))
         barrier()
-    pretrain(config, settings, resume=options.resume, evaluate=_evaluation(config, settings.batch))
+    pretrain(
+        config,
+        settings,
+        resume=options.resume,
+        trust_checkpoint=options.trust_checkpoint,
+        evaluate=_evaluation(config, settings.batch),
+    )
     logger.info("done: %s", config.run.folder)
     barrier()
     torch.distributed.destroy_process_group()
@@ -80,3 +92,6 @@ if __name__ == "__main__":
         if os.environ.get("MILES_FAST_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        logger.warning("%s", stopped)
+        sys.exit(STOPPED)

@@ -229,7 +229,19 @@ class MethodConfig:
 
 @dataclass(**_OPTIONS)
 class RunConfig:
-    """The run itself. `steps` are optimizer steps; `init_from` is an exported folder or another run."""
+    """The run itself. `steps` are optimizer steps; `init_from` is an exported folder or another run.
+
+    The newest `keep_checkpoints` are kept, and those of every `milestone_every`-th step (0: none) for good.
+    A checkpoint that cannot be written ends the run, or with `on_save_error: continue` is tried again when
+    the next one is due.
+
+    A step whose loss or gradient is not finite is skipped, and with `spike_factor` one whose loss exceeds so
+    many times the running median; after `max_skipped_steps` in a row the run goes back to its last checkpoint
+    and leaves their data out, `max_rollbacks` times between two checkpoints. `min_target_std` is the
+    standard deviation of the targets below which the log warns of collapse. When no rank gets on for
+    `hang_seconds` (0: for ever; evaluating must fit, the first step may take five times as long), the run
+    ends and names the rank.
+    """
 
     folder: str
     steps: int = Field(ge=1)
@@ -238,6 +250,13 @@ class RunConfig:
     evaluate_every: int = Field(default=0, ge=0)
     save_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    milestone_every: int = Field(default=0, ge=0)
+    on_save_error: Literal["stop", "continue"] = "stop"
+    max_skipped_steps: int = Field(default=10, ge=1)
+    max_rollbacks: int = Field(default=3, ge=0)
+    spike_factor: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    min_target_std: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    hang_seconds: float = Field(default=1800.0, ge=0, allow_inf_nan=False)
     init_from: str | None = None
     compile: bool = False
 

@@ -62,6 +62,11 @@ def check_ds_config(
     bf16 = tree.setdefault("bf16", {})
     if bf16.get("enabled", False) == "auto":
         bf16["enabled"] = cuda
+    if bf16.get("enabled") and not bf16.setdefault("check_grad_overflow", True):
+        raise ConfigError(
+            f"{source}: bf16.check_grad_overflow = false lets gradients that are not finite into the "
+            "weights; take the line out"
+        )
     batch = tree.get("train_micro_batch_size_per_gpu")
     if not isinstance(batch, int) or batch < 1:
         raise ConfigError(
@@ -94,6 +99,11 @@ def check_ds_config(
 
 def init_process_group() -> torch.device:
     """Join the process group that the launcher set up (or a group of one) and return this rank's device."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        # srun starts the ranks itself (deepspeed --launcher slurm) and names them its own way.
+        names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
+        os.environ.setdefault("MASTER_PORT", "29500")
     if "RANK" not in os.environ:
         # Port 0: the system chooses, so that no other process can take it first.
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
@@ -128,6 +138,8 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
     except ValueError as error:
         raise ConfigError(f"DeepSpeed refuses the ds config: {error}") from error
     assert engine.train_batch_size() == settings.batch * settings.accumulation * world_size()
+    if settings.stage == 0 and not settings.bf16:
+        _skip_non_finite(engine.optimizer)
     use_flat_gradients(engine.optimizer)
     return engine
 
@@ -178,6 +190,24 @@ def use_flat_gradients(optimizer: Any) -> None:
     optimizer.backward_prologue = partial(optimizer.clear_lp_grads, set_to_none=True)
 
 
+def _skip_non_finite(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer leave out, and DeepSpeed count, steps whose gradient is not finite.
+
+    DeepSpeed does so itself but in float32 at ZeRO 0, where it steps torch's optimizer with any gradient.
+    """
+    step = optimizer.step
+
+    def step_if_finite() -> None:
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        optimizer.overflow = not torch.nn.utils.get_total_norm(gradients).isfinite().item()
+        if not optimizer.overflow:
+            step()
+
+    optimizer.step = step_if_finite
+
+
 def gradient_norm(engine: Any) -> Tensor | None:
     """Norm of the whole gradient between backward and step, where DeepSpeed keeps none: fp32 at ZeRO 0.
 
@@ -188,15 +218,3 @@ def gradient_norm(engine: Any) -> Tensor | None:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
-
-
-def full_weights(engine: Any) -> dict[str, Tensor]:
-    """Whole float32 weights of the objective by name, on the CPU; all ranks must call it (ZeRO gathers)."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        source = parameter if full is None else full
-        weights[name] = source.detach().float().cpu().clone()
-    return weights

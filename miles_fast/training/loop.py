@@ -1,11 +1,14 @@
-"""The training loop: batch, losses, an optimizer step, the snapshot's step, log, checkpoints."""
+"""The training loop: batch, losses, an optimizer step, the snapshot's step, log, checkpoints.
+
+What can go wrong is dealt with elsewhere: `numerics` has bad steps skipped, `recovery` saves and goes back,
+`signals` stops the loop, `watchdog` ends it when a rank hangs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import time
-from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,25 +21,22 @@ from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
 from miles_fast.distributed import barrier, gather_objects, logger, rank, sum_over_ranks, world_size
-from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
+from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.models.flops import peak_flops, training_flops
 from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
 from miles_fast.models.text_encoder import load_tokenizer
-from miles_fast.training.checkpoint import (
-    find_checkpoint,
-    model_folder,
-    read_step,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from miles_fast.training.checkpoint import find_checkpoint, model_folder, read_state, restore_checkpoint
 from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
 from miles_fast.training.masks import draw_step_masks
+from miles_fast.training.memory_report import OutOfMemory, memory_report
+from miles_fast.training.numerics import LossGuard, SkippedData, UpdateCheck, warn_of_collapse
 from miles_fast.training.objective import Losses, Objective
 from miles_fast.training.progress import StepLog
+from miles_fast.training.recovery import Deal, Evaluate, Training, roll_back, save_if_due, skipped
+from miles_fast.training.saving import Saver
+from miles_fast.training.signals import Ballot, StopRequest, Vote
 from miles_fast.training.snapshot import Snapshot
-
-Evaluate = Callable[[DualEncoder, torch.device], dict[str, Any]]
-Deal = Callable[[Loader, int], Generator[Batch, None, None]]
+from miles_fast.training.watchdog import Watchdog
 
 
 def pretrain(
@@ -44,19 +44,22 @@ def pretrain(
     settings: EngineSettings,
     *,
     resume: str | None = None,
+    trust_checkpoint: bool = False,
     evaluate: Evaluate | None = None,
     deal: Deal = Loader.batches,
 ) -> None:
     """Train to `config.run.steps` optimizer steps.
 
     `resume` is `auto`, a run's folder or a checkpoint; without it an earlier run in the same folder is moved
-    aside. `evaluate(model, device)` is called on all ranks every `run.evaluate_every` steps and at the end.
-    `deal(loader, first_step)` gives the batches; benchmarks put others in the loader's place.
+    aside. `trust_checkpoint` lets DeepSpeed's pickles be loaded. Raises Stopped, after a checkpoint, where a
+    signal asked for it. `evaluate(model, device)` is called on all ranks every `run.evaluate_every` steps and
+    at the end. `deal(loader, first_step)` gives the batches; benchmarks put others in the loader's place.
     """
     device = init_process_group()
     run = Path(config.run.folder)
     checkpoint = find_checkpoint(run, resume) if resume else None
-    first_step = read_step(checkpoint, config) if checkpoint else 0
+    state = read_state(checkpoint, config) if checkpoint else {"step": 0}
+    first_step = state["step"]
     _prepare_folder(run, config, keep=resume is not None)
     torch.manual_seed(config.run.seed)
     tokenizer = load_tokenizer(config.model.text.tokenizer_source)
@@ -80,7 +83,7 @@ def pretrain(
     engine = build_engine(objective, settings)
     torch.manual_seed(config.run.seed + 1 + rank())
     if checkpoint:
-        restore_checkpoint(checkpoint, engine, snapshot)
+        restore_checkpoint(checkpoint, state, engine, snapshot, trust=trust_checkpoint)
         logger.info("resumed from %s at step %d", checkpoint, first_step)
     listed = run / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank{rank()}.jsonl")
     quarantine = Quarantine(listed, config.data.max_bad_share)
@@ -95,13 +98,46 @@ def pretrain(
         quarantine=quarantine,
         draw_masks=partial(draw_step_masks, config, settings.batch, rank()) if snapshot else None,
     )
-    log = StepLog(run, first_step, config.run.steps)
+    if state.get("clips_per_step", share.global_batch) != share.global_batch:
+        logger.warning(
+            "%s took %d clips a step, this run takes %d: the order of the data goes on at step %d of the new "
+            "size. Change gradient_accumulation_steps with the number of ranks to keep it",
+            *(checkpoint, state["clips_per_step"], share.global_batch, first_step),
+        )
+    log, stop, watchdog = (
+        StepLog(run, first_step, config.run.steps),
+        StopRequest(),
+        Watchdog(config.run.hang_seconds),
+    )
+    training = Training(
+        config=config,
+        settings=settings,
+        engine=engine,
+        snapshot=snapshot,
+        loader=loader,
+        deal=deal,
+        evaluate=evaluate,
+        run=run,
+        device=device,
+        log=log,
+        saver=Saver(run, config, engine, snapshot, device),
+        stop=stop,
+        watchdog=watchdog,
+        left_out=SkippedData(config.run, state.get("skipped_data", [])),
+    )
+    stop.listen()
+    watchdog.start()
     try:
-        with contextlib.closing(deal(loader, first_step)) as batches:
-            _train(
-                config, settings, engine, snapshot, loader, batches, log, run, device, first_step, evaluate
-            )
+        _train(training, first_step)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(memory_report(engine, snapshot, settings, device)) from error
+    except RuntimeError as error:
+        if "gloo" in str(error) or isinstance(error, torch.distributed.DistError):
+            watchdog.await_verdict()
+        raise
     finally:
+        watchdog.close()
+        stop.close()
         log.close()
 
 
@@ -118,63 +154,91 @@ def compile_towers(objective: Objective, snapshot: Snapshot | None) -> None:
         layer.compile(dynamic=False)
 
 
-def _train(
-    config: Config,
-    settings: EngineSettings,
-    engine: Any,
-    snapshot: Snapshot | None,
-    loader: Loader,
-    batches: Iterator[Batch],
-    log: StepLog,
-    run: Path,
-    device: torch.device,
-    first_step: int,
-    evaluate: Evaluate | None,
-) -> None:
-    meter = Meter(config, loader.share, device)
-    engine.train()
-    for step in range(first_step + 1, config.run.steps + 1):
-        last = step == config.run.steps
-        logs = step % config.run.log_every == 0 or step == first_step + 1 or last
-        for _ in range(settings.accumulation):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            meter.waited(time.perf_counter() - waiting)
-            losses, norm = train_step(engine, snapshot, batch, with_statistics=logs)
-        if snapshot is not None:
-            snapshot.follow(engine.module.model, step)
-        log.advance()
-        meter.stepped()
-        if logs:
-            record = meter.record(losses, norm, engine, loader.quarantine)
-            log.write(step, record, show=("loss", "clips_per_second"))
-        if evaluate is not None and (
-            last or (config.run.evaluate_every and step % config.run.evaluate_every == 0)
-        ):
-            # Its last batch is smaller: not worth compiling for.
-            with torch.compiler.set_stance("force_eager"):
-                result = evaluate(engine.module.model, device)
-            log.write(step, {"evaluation": result})
-            meter.pause()
-        if step % config.run.save_every == 0 or last:
-            save_checkpoint(run, step, engine, snapshot, config)
-            meter.pause()
+def _train(t: Training, step: int) -> None:
+    """Train from behind `step`, as often from an earlier one as numbers go wrong."""
+    while (back := _train_from(t, step)) is not None:
+        step = back
     barrier()
 
 
+def _train_from(t: Training, first_step: int) -> int | None:
+    """Train to the end (None), or to where it has to go back to an earlier checkpoint: its step."""
+    config, engine, snapshot, run = t.config, t.engine, t.snapshot, t.config.run
+    meter = Meter(config, t.loader.share, t.device)
+    guard, ballot = LossGuard(run.spike_factor, t.device), Ballot(t.device)
+    update, position = UpdateCheck(engine), t.left_out.position(first_step)
+    engine.train()
+    with contextlib.closing(t.deal(t.loader, position)) as batches:
+        for step in range(first_step + 1, run.steps + 1):
+            last = step == run.steps
+            logs = step % run.log_every == 0 or step == first_step + 1 or last
+            wanted = t.left_out.position(step - 1)
+            ballot.cast(Vote(t.stop.signal is not None, t.saver.problem is not None, t.saver.busy))
+            guard.begin()
+            if logs:
+                update.before()
+            t.watchdog.report(f"waiting for the data of step {step}")
+            for _ in range((wanted - position) * t.settings.accumulation):
+                next(batches)
+            position = wanted + 1
+            for _ in range(t.settings.accumulation):
+                waiting = time.perf_counter()
+                batch = next(batches)
+                meter.waited(time.perf_counter() - waiting)
+                t.watchdog.report(f"computing step {step}")
+                losses, norm = train_step(
+                    engine, snapshot, batch, with_statistics=logs, guard=guard, saver=t.saver
+                )
+            vote = ballot.count()
+            t.log.advance()
+            meter.stepped()
+            if engine.was_step_applied():
+                t.left_out.applied()
+                if snapshot is not None:
+                    snapshot.follow(engine.module.model, step)
+                if logs:
+                    update.after(step)
+            elif skipped(t, step, wanted, guard):
+                return roll_back(t, step)
+            if logs:
+                record = meter.record(losses, norm, engine, t.loader.quarantine)
+                record["skipped_steps"] = t.left_out.total
+                t.log.write(step, record, show=("loss", "clips_per_second"))
+                if snapshot is not None:
+                    warn_of_collapse(record["target_std"], run)
+            if t.evaluate is not None and (last or (run.evaluate_every and step % run.evaluate_every == 0)):
+                t.watchdog.report(f"evaluating after step {step}")
+                # Its last batch is smaller: not worth compiling for.
+                with torch.compiler.set_stance("force_eager"):
+                    result = t.evaluate(engine.module.model, t.device)
+                t.log.write(step, {"evaluation": result})
+                meter.pause()
+            save_if_due(t, step, vote, last=last)
+    return None
+
+
 def train_step(
-    engine: Any, snapshot: Snapshot | None, batch: Batch, *, with_statistics: bool
+    engine: Any,
+    snapshot: Snapshot | None,
+    batch: Batch,
+    *,
+    with_statistics: bool,
+    guard: LossGuard | None = None,
+    saver: Saver | None = None,
 ) -> tuple[Losses, Tensor | None]:
     """One micro step: targets, the student's passes, backward, and DeepSpeed's step at its boundary.
 
-    With statistics also the gradient's norm, where DeepSpeed keeps none.
+    With statistics also the gradient's norm, where DeepSpeed keeps none. `guard` looks at the loss; `saver`
+    may still be copying what the step changes.
     """
     target = snapshot.encode(batch.video_BTCHW, batch.masked_BM) if snapshot is not None else None
     losses = engine(
         batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM, target, with_statistics
     )
-    engine.backward(losses.total)
+    engine.backward(guard.check(losses, batch.keys) if guard else losses.total)
     norm = gradient_norm(engine) if with_statistics else None
+    if saver is not None:
+        saver.before_update()
     engine.step()
     return losses, norm
 

@@ -43,6 +43,11 @@ class StepLog:
         """One more optimizer step is done."""
         self._bar.update()
 
+    def go_back(self, step: int) -> None:
+        """Training goes on behind an earlier step; the records stay."""
+        self._bar.n = step
+        self._bar.refresh()
+
     def write(self, step: int, record: dict[str, Any], show: tuple[str, ...] = ()) -> None:
         """Write a record of finite or non-finite scalars and nested dicts; `show` go to the progress bar."""
         if self._file is None:

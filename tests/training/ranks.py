@@ -24,12 +24,23 @@ from miles_fast.models.text_encoder import load_tokenizer  # noqa: E402
 from miles_fast.training.engine import (  # noqa: E402
     build_engine,
     check_ds_config,
-    full_weights,
     init_process_group,
 )
 from miles_fast.training.loop import train_step  # noqa: E402
 from miles_fast.training.objective import Objective  # noqa: E402
 from miles_fast.training.snapshot import Snapshot  # noqa: E402
+
+
+def full_weights(engine) -> dict[str, torch.Tensor]:
+    """Whole float32 weights of the objective by name, on the CPU; all ranks must call it (ZeRO gathers)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        source = parameter if full is None else full
+        weights[name] = source.detach().float().cpu().clone()
+    return weights
 
 
 def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:

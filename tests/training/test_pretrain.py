@@ -1,6 +1,7 @@
 """Whole tiny runs: resume, views, sources, checkpoints, export, and refusals."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,10 +14,10 @@ from tiny import ds_tree, tiny_config, write_data, write_frames
 import miles_fast
 from miles_fast.config import ConfigError
 from miles_fast.export.run import export_run
-from miles_fast.training import checkpoint as checkpoint_module
-from miles_fast.training.checkpoint import CheckpointError
-from miles_fast.training.engine import check_ds_config
+from miles_fast.training import saving
+from miles_fast.training.engine import check_ds_config, init_process_group
 from miles_fast.training.loop import pretrain
+from miles_fast.training.manifest import CheckpointError
 from miles_fast.training.progress import read_log
 
 
@@ -188,15 +189,16 @@ def test_another_architecture_is_refused_with_the_difference(root, tmp_path):
 
 def test_a_full_disk_leaves_the_older_checkpoint(root, tmp_path, monkeypatch):
     config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 4, "save_every": 2})
-    write = checkpoint_module._write
+    write = saving.Saver._write
 
-    def full(partial, step, *rest):
-        if step == 4:
-            (partial / "half").write_bytes(b"0" * 100)
+    def full(saver, name, *rest):
+        if name == "step-00000004":
+            saver._partial.mkdir()
+            (saver._partial / "half").write_bytes(b"0" * 100)
             raise OSError(28, "No space left on device")
-        write(partial, step, *rest)
+        write(saver, name, *rest)
 
-    monkeypatch.setattr(checkpoint_module, "_write", full)
+    monkeypatch.setattr(saving.Saver, "_write", full)
     with pytest.raises(CheckpointError, match="No space left.*older checkpoints are untouched"):
         train(config)
     folder = tmp_path / "run" / "checkpoints"
@@ -248,3 +250,17 @@ def test_ds_json_that_contradicts_is_refused(root):
         check_ds_config(ds_tree() | {"fp16": {"enabled": True}}, "ds.json", config, cuda=False, ranks=1)
     with pytest.raises(ConfigError, match="train_micro_batch_size_per_gpu"):
         check_ds_config(json.loads("{}"), "ds.json", config, cuda=False, ranks=1)
+    with pytest.raises(ConfigError, match="check_grad_overflow = false lets gradients that are not finite"):
+        unchecked = ds_tree() | {"bf16": {"enabled": True, "check_grad_overflow": False}}
+        check_ds_config(unchecked, "ds.json", config, cuda=False, ranks=1)
+
+
+def test_ranks_that_srun_started_know_which_they_are(monkeypatch):
+    init_process_group()  # of this process alone; what follows only names it
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "MASTER_ADDR": "node-0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    init_process_group()
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "16", "1"]

@@ -1,0 +1,97 @@
+"""What N GPUs will take, from a measured one: python launch/plan.py --measured 1=RUN/log.jsonl
+
+A measurement is a run's log.jsonl, or the json of benchmarks/throughput.py step, on that many GPUs with the
+same --config and --ds_config. Further ones (2=FILE) are compared with what is predicted for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from miles_fast.config import load_config
+from miles_fast.training.engine import read_ds_config
+from miles_fast.training.planning import Links, Measured, Plan, model_sizes, plan
+
+ROOT = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--measured", nargs="+", required=True, metavar="GPUS=FILE")
+    parser.add_argument("--config", default=str(ROOT / "configs" / "stage2.yaml"))
+    parser.add_argument("--ds_config", default=str(ROOT / "ds" / "zero1.json"))
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 8, 16, 64, 256, 1024])
+    parser.add_argument("--gpus-per-host", type=int, default=8)
+    parser.add_argument("--nvlink", type=float, default=450.0, help="GB/s of a GPU, one direction")
+    parser.add_argument("--network", type=float, default=50.0, help="GB/s of a GPU between hosts")
+    parser.add_argument("--link-efficiency", type=float, default=0.75, help="share of it that NCCL reaches")
+    parser.add_argument("--hidden", type=float, default=0.0, help="share of communication behind the passes")
+    parser.add_argument("--vocabulary", type=int, default=30522, help="of the tokenizer")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args()
+    config = load_config(options.config, options.overrides)
+    settings = read_ds_config(options.ds_config, config, cuda=True, ranks=1)
+    measured = dict(_measurement(text, settings.batch * settings.accumulation) for text in options.measured)
+    if 1 not in measured:
+        raise ValueError("--measured: one of them must be of one GPU, 1=FILE")
+    sizes = model_sizes(config, options.vocabulary)
+    links = Links(
+        gpus_per_host=options.gpus_per_host,
+        nvlink=options.nvlink,
+        network=options.network,
+        efficiency=options.link_efficiency,
+    )
+    print(
+        f"{sizes.trained / 1e6:.1f} M parameters, {sizes.snapshot / 1e6:.1f} M in the snapshot; ZeRO "
+        f"{settings.stage}, {settings.batch} clips x {settings.accumulation} a GPU"
+    )
+    for gpus in sorted({*options.gpus, *measured}):
+        found = plan(config, settings, sizes, measured[1], links, gpus, options.hidden)
+        print(_row(found, measured.get(gpus) if gpus > 1 else None))
+
+
+def _measurement(text: str, clips: int) -> tuple[int, Measured]:
+    gpus, equals, file = text.partition("=")
+    if not equals or not gpus.isdigit() or not int(gpus):
+        raise ValueError(f"--measured {text}: write GPUS=FILE, as in 1=runs/stage2/log.jsonl")
+    lines = Path(file).read_text()
+    try:
+        records = (
+            [json.loads(lines)] if Path(file).suffix == ".json" else list(map(json.loads, lines.splitlines()))
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: not json ({error})") from error
+    records = [r for r in records if "clips_per_second" in r]
+    steady = records[len(records) // 3 :]  # behind compiling and warming up
+    if not steady:
+        raise ValueError(f"{file}: holds no clips_per_second; name a run's log.jsonl")
+    speed = statistics.median(r["clips_per_second"] for r in steady)
+    memory = max((r["memory_gib"] for r in steady if "memory_gib" in r), default=None)
+    seconds = clips * int(gpus) / speed
+    return int(gpus), Measured(clips_per_second=speed, step_seconds=seconds, memory_gib=memory)
+
+
+def _row(found: Plan, seen: Measured | None) -> str:
+    memory = "   ?" if found.memory_gib is None else f"{found.memory_gib:6.1f}"
+    row = (
+        f"{found.gpus:>5} GPUs  memory {memory} GiB (state {found.state_gib:5.1f})  sends "
+        f"{found.sent_bytes / 1e9:6.2f} GB in {1000 * found.communication_seconds:6.1f} ms  "
+        f"{found.clips_per_second:>10,.0f} clips/s  {100 * found.efficiency:5.1f} %"
+    )
+    if seen is not None:
+        error = 100 * (found.clips_per_second / seen.clips_per_second - 1)
+        row += f"  measured {seen.clips_per_second:,.0f}: predicted {error:+.1f} %"
+    return row
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,179 @@
+"""Loud numerics: steps skipped on all ranks, spikes, rollback, updates that change nothing, collapse.
+
+A loss that is not finite, or is a spike, becomes a gradient that is not finite on its rank. Reducing the
+gradients carries that to all ranks, and DeepSpeed, which looks at the norm before it updates, skips the
+update and the schedule's step everywhere. The host reads nothing of the device beyond that one norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles_fast.config import RunConfig
+from miles_fast.distributed import gather_objects, logger, rank, sum_over_ranks
+from miles_fast.training.engine_state import own_state
+from miles_fast.training.objective import Losses
+
+WINDOW = 128  # losses of which the running median is taken
+FEWEST = 16  # before so many there is no median to speak of
+SAMPLED = 1 << 16  # weights of a rank that are compared before and after an update
+
+
+class NumericsError(ValueError):
+    """Training that has gone wrong in its numbers and does not recover; the message says what was seen."""
+
+
+class LossGuard:
+    """Watches the losses of an optimizer step's micro steps."""
+
+    def __init__(self, spike_factor: float | None, device: torch.device) -> None:
+        self._factor = spike_factor
+        self._recent = torch.full((WINDOW,), math.nan, device=device)
+        self._count = 0
+        self._step: list[tuple[Tensor, Tensor, Tensor, tuple[str, ...]]] = []
+
+    def begin(self) -> None:
+        """A new optimizer step begins."""
+        self._step.clear()
+
+    def check(self, losses: Losses, keys: tuple[str, ...]) -> Tensor:
+        """The loss to go backward from: itself where it is fine, else one whose gradient is not finite."""
+        loss = losses.total
+        seen = loss.detach().float()
+        factor = seen * 0 + 1  # exactly 1, or NaN
+        if self._factor is not None:
+            median = self._recent.nanmedian()
+            if self._count >= FEWEST:
+                factor = torch.where(seen > self._factor * median, math.nan, factor)
+            # A spike must not raise the bar for the next one.
+            self._recent[self._count % WINDOW] = torch.where(factor.isfinite(), seen, median)
+            self._count += 1
+        self._step.append((seen, factor, losses.regression, keys))
+        return loss * factor.to(loss.dtype)
+
+    def blame(self) -> list[dict[str, Any]]:
+        """Losses and sample keys of the ranks' micro steps that made the step be skipped.
+
+        All ranks must call it. Embeddings of one rank reach every rank's contrast: where a regression, which
+        is a rank's own, is not finite, those ranks are meant. Where every loss was fine, the gradients were
+        not, and all are listed.
+        """
+        own = [
+            {
+                "rank": rank(),
+                "loss": loss.item(),
+                "fine": bool(factor.isfinite()),
+                "own fine": bool(regression.isfinite()),
+                "keys": list(keys),
+            }
+            for loss, factor, regression, keys in self._step
+        ]
+        every = [entry for entries in gather_objects(own) for entry in entries]
+        for sign in ("own fine", "fine"):
+            if not all(entry[sign] for entry in every):
+                every = [entry for entry in every if not entry[sign]]
+                break
+        return [{name: entry[name] for name in ("rank", "loss", "keys")} for entry in every]
+
+
+class SkippedData:
+    """Data that a run leaves out, and how many steps in a row were skipped; the same on all ranks.
+
+    Data are counted in optimizer steps' worth from 0, as the loader does.
+    """
+
+    def __init__(self, config: RunConfig, ranges: list[tuple[int, int]]) -> None:
+        self.ranges = sorted((int(first), int(stop)) for first, stop in ranges)
+        self.total = 0
+        self._config, self._row, self._rollbacks = config, deque[int](), 0
+
+    def position(self, steps: int) -> int:
+        """The data that the step after `steps` steps takes."""
+        for first, stop in self.ranges:
+            if first <= steps:
+                steps += stop - first
+        return steps
+
+    def applied(self) -> None:
+        """A step changed the weights."""
+        self._row.clear()
+
+    def saved(self) -> None:
+        """A checkpoint was begun after steps that were applied."""
+        if not self._row:
+            self._rollbacks = 0
+
+    def skipped(self, data: int) -> bool:
+        """A step on these data was skipped. True: it is time to roll back, and their data are now left out.
+
+        Raises NumericsError when the run rolled back too often already.
+        """
+        self.total += 1
+        self._row.append(data)
+        if len(self._row) < self._config.max_skipped_steps:
+            return False
+        if self._rollbacks >= self._config.max_rollbacks:
+            raise NumericsError(
+                f"{len(self._row)} steps in a row were skipped after {self._rollbacks} rollbacks "
+                "(run.max_rollbacks) without a checkpoint in between: lower the learning rate, look at the "
+                "samples that log.jsonl names, or resume from an older checkpoint"
+            )
+        self._rollbacks += 1
+        self.ranges = _joined([*self.ranges, (self._row[0], self._row[-1] + 1)])
+        self._row.clear()
+        return True
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for first, stop in sorted(ranges):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], stop)
+        else:
+            joined.append((first, stop))
+    return joined
+
+
+class UpdateCheck:
+    """Compares some of a rank's float32 weights before and after an update."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        weights = [tensor for name, tensor in own_state(engine).items() if name.startswith("weight|")]
+        total = sum(tensor.numel() for tensor in weights)
+        stride = max(1, total // SAMPLED)
+        self._watched = [tensor[::stride] for tensor in weights]
+
+    def before(self) -> None:
+        """Remember the weights, and the rates of the update to come."""
+        self._rate = max(group["lr"] for group in self._engine.optimizer.param_groups)
+        self._old = torch.cat([*self._watched, self._nothing()])
+
+    def after(self, step: int) -> None:
+        """Compare. Raises NumericsError on all ranks, which must call it, where an update changed nothing."""
+        new = torch.cat([*self._watched, self._nothing()])
+        changed = sum_over_ranks((new != self._old).sum().float())
+        if self._rate > 0 and not changed:
+            raise NumericsError(
+                f"step {step} changed none of the sampled weights, although DeepSpeed reports it as applied "
+                f"at a learning rate of {self._rate:.3g}: the update was lost, as in DeepSpeed's issue 8415"
+            )
+
+    def _nothing(self) -> Tensor:
+        return torch.empty(0, device=self._engine.device)
+
+
+def warn_of_collapse(std: float, config: RunConfig) -> None:
+    """Say when the targets of the regression have become alike."""
+    if std < config.min_target_std:
+        logger.warning(
+            "the targets collapse: their standard deviation is %.3g, below run.min_target_std = %g. Raise "
+            "method.snapshot.momentum, or lower the learning rate",
+            std,
+            config.min_target_std,
+        )

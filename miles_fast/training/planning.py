@@ -1,0 +1,157 @@
+"""What a run will take on more GPUs: memory, communication and time, from one measured GPU.
+
+Rings: a GPU sends (n - 1) / n of a buffer for a gather or a scatter of its gradients, twice that for a sum
+over all. Between hosts every GPU has its own network card, and a ring is as fast as its slowest link. What is
+not computed is said in `Plan`: waiting for the slowest rank, and reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from miles_fast.config import Config
+from miles_fast.models.dual_encoder import build_dual_encoder
+from miles_fast.training.engine import EngineSettings
+from miles_fast.training.objective import Objective
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """Bandwidths of one GPU in one direction, in GB/s, and the microseconds of one exchange."""
+
+    gpus_per_host: int = 8
+    nvlink: float = 450.0
+    network: float = 50.0
+    efficiency: float = 0.75
+    latency_microseconds: float = 15.0
+
+    def seconds(self, sent_bytes: float, gpus: int, collectives: int = 1) -> float:
+        """Time of collectives in which each GPU sends so many bytes in all."""
+        if gpus == 1:
+            return 0.0
+        bandwidth = self.nvlink
+        if gpus > self.gpus_per_host:
+            # The rings of a host leave it through all of its cards.
+            bandwidth = min(bandwidth, self.network * self.gpus_per_host)
+        waits = collectives * math.ceil(math.log2(gpus)) * self.latency_microseconds * 1e-6
+        return sent_bytes / (bandwidth * self.efficiency * 1e9) + waits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Parameters trained, and those that the snapshot holds."""
+
+    trained: int
+    snapshot: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Medians of a run: clips/s of all GPUs, seconds of an optimizer step; GiB at the peak, if known."""
+
+    clips_per_second: float
+    step_seconds: float
+    memory_gib: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Of one GPU among `gpus`: GiB, bytes sent and their seconds in a step; and clips/s of all.
+
+    No rank is taken to be late, and reading to keep up.
+    """
+
+    gpus: int
+    state_gib: float
+    memory_gib: float | None
+    sent_bytes: float
+    communication_seconds: float
+    clips_per_second: float
+    efficiency: float
+
+
+def model_sizes(config: Config, vocabulary_size: int) -> Sizes:
+    """Count parameters without allocating them; a text tower given by name is taken to have DistilBERT's."""
+    text = dataclasses.replace(config.model.text, weights=None, tokenizer="counted only")
+    video = dataclasses.replace(config.model.video, weights=None)
+    model = dataclasses.replace(config.model, text=text, video=video)
+    with torch.device("meta"):
+        objective = Objective(
+            build_dual_encoder(model, vocabulary_size), config.method, config.data.frames_per_clip
+        )
+    followed = [objective.model.video_model, objective.model.vid_proj]
+    snapshot = sum(p.numel() for part in followed for p in part.parameters())
+    return Sizes(
+        trained=sum(p.numel() for p in objective.parameters()),
+        snapshot=snapshot if config.method.view != "none" else 0,
+    )
+
+
+def state_bytes(sizes: Sizes, settings: EngineSettings, gpus: int) -> float:
+    """Bytes of weights, gradients, optimizer and snapshot that one GPU of `gpus` holds."""
+    shared = [1 if settings.stage < stage else gpus for stage in (1, 2, 3)]
+    optimizer, gradients, weights = (sizes.trained / parts for parts in shared)
+    if not settings.bf16:
+        master = 4 * optimizer if settings.stage else 0
+        return 4 * weights + 4 * gradients + master + 8 * optimizer + 4 * sizes.snapshot
+    kept = 6 if _sums_float32(settings) else 2  # beside bf16 gradients their float32 sum
+    return 2 * weights + kept * gradients + 12 * optimizer + 6 * sizes.snapshot
+
+
+def sent_bytes(config: Config, sizes: Sizes, settings: EngineSettings, gpus: int) -> tuple[float, float]:
+    """Bytes that one GPU sends in an optimizer step: (gradients and weights, contrast and snapshot)."""
+    part = (gpus - 1) / gpus
+    width = 2 if settings.bf16 else 4
+    gradient = 4 if _sums_float32(settings) else width
+    micro = settings.accumulation
+    state = {
+        0: 2 * gradient,
+        1: 2 * gradient + width,
+        2: gradient * micro + width,
+        3: (gradient + 2 * width) * micro,
+    }[settings.stage] * sizes.trained
+    rows = gpus * settings.batch * 2 * config.model.embedding * width
+    follow = width * sizes.snapshot if settings.stage == 3 else 0
+    return part * state, part * (3 * rows * micro + follow)
+
+
+def _sums_float32(settings: EngineSettings) -> bool:
+    kind = settings.tree.get("data_types", {}).get("grad_accum_dtype")
+    return settings.stage == 1 and (kind == "fp32" or not settings.bf16)
+
+
+def plan(
+    config: Config,
+    settings: EngineSettings,
+    sizes: Sizes,
+    measured: Measured,
+    links: Links,
+    gpus: int,
+    hidden: float = 0.0,
+) -> Plan:
+    """Predict `gpus` GPUs from `measured`, which is of one; `hidden` is the share of the reduction of
+    gradients and gathering of weights that the passes hide (0 at ZeRO 0 and 1, which reduce after them)."""
+    alone, state = state_bytes(sizes, settings, 1), state_bytes(sizes, settings, gpus)
+    memory = None
+    if measured.memory_gib is not None:
+        memory = max(measured.memory_gib - alone / GIB, 0.0) + state / GIB
+    exchanged, rest = sent_bytes(config, sizes, settings, gpus)
+    collectives = 2 + 3 * settings.accumulation
+    seconds = links.seconds(exchanged, gpus, collectives) * (1 - hidden) + links.seconds(rest, gpus)
+    step = measured.step_seconds + seconds
+    clips = settings.batch * settings.accumulation * gpus / step
+    return Plan(
+        gpus=gpus,
+        state_gib=state / GIB,
+        memory_gib=memory,
+        sent_bytes=exchanged + rest,
+        communication_seconds=seconds,
+        clips_per_second=clips,
+        efficiency=clips / (gpus * measured.clips_per_second),
+    )

@@ -1,0 +1,106 @@
+"""What the loop does beside its steps: checkpoints that are due, steps that were skipped, ways back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles_fast.config import Config
+from miles_fast.data.batches import Batch
+from miles_fast.data.loader import Loader
+from miles_fast.distributed import gather_objects, logger
+from miles_fast.models.dual_encoder import DualEncoder
+from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
+from miles_fast.training.engine import EngineSettings
+from miles_fast.training.manifest import CheckpointError
+from miles_fast.training.numerics import LossGuard, NumericsError, SkippedData
+from miles_fast.training.progress import StepLog
+from miles_fast.training.saving import Saver
+from miles_fast.training.signals import Stopped, StopRequest, Vote
+from miles_fast.training.snapshot import Snapshot
+from miles_fast.training.watchdog import Watchdog
+
+Evaluate = Callable[[DualEncoder, torch.device], dict[str, Any]]
+Deal = Callable[[Loader, int], Generator[Batch, None, None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the loop works with."""
+
+    config: Config
+    settings: EngineSettings
+    engine: Any
+    snapshot: Snapshot | None
+    loader: Loader
+    deal: Deal
+    evaluate: Evaluate | None
+    run: Path
+    device: torch.device
+    log: StepLog
+    saver: Saver
+    stop: StopRequest
+    watchdog: Watchdog
+    left_out: SkippedData
+
+
+def save_if_due(t: Training, step: int, vote: Vote, *, last: bool) -> None:
+    """Begin a checkpoint where one is due. One that ends the run is waited for; so is a failed one."""
+    run, ends = t.config.run, last or vote.stop
+    if not (ends or vote.failed or step % run.save_every == 0):
+        return
+    t.watchdog.report(f"saving after step {step}")
+    if ends or vote.failed:
+        try:
+            t.saver.settle()
+        except CheckpointError as error:
+            if run.on_save_error == "stop":
+                raise
+            logger.error("%s; training goes on (run.on_save_error)", error)
+    elif vote.saving:
+        logger.warning("step %d: the checkpoint before is still being written; this one is left out", step)
+        return
+    if ends or step % run.save_every == 0:
+        t.saver.start(step, t.left_out.ranges)
+        t.left_out.saved()
+    if ends:
+        t.saver.settle()
+    if vote.stop and not last:
+        raise Stopped(
+            f"stopped by {t.stop.signal or 'a signal to another rank'} after step {step}: "
+            "its checkpoint is complete, --resume auto goes on"
+        )
+
+
+def skipped(t: Training, step: int, data: int, guard: LossGuard) -> bool:
+    """Record a step that changed nothing on any rank; True: enough of them, go back."""
+    blamed = guard.blame()
+    back = t.left_out.skipped(data)
+    shown = "; ".join(
+        f"rank {b['rank']}: loss {b['loss']:.4g}, {', '.join(b['keys'][:4])}" for b in blamed[:4]
+    )
+    logger.warning("step %d was skipped on all ranks (%d so far): %s ...", step, t.left_out.total, shown)
+    t.log.write(step, {"skipped": blamed, "skipped_steps": t.left_out.total})
+    return back
+
+
+def roll_back(t: Training, step: int) -> int:
+    """Restore the newest checkpoint and return its step. Raises NumericsError where there is none."""
+    t.watchdog.report(f"rolling back from step {step}")
+    t.saver.settle()
+    checkpoint = gather_objects(find_checkpoint(t.run, "auto"))[0]  # as rank 0 sees the disk
+    if checkpoint is None:
+        raise NumericsError(
+            f"{t.config.run.max_skipped_steps} steps in a row up to step {step} were skipped, and there is "
+            "no checkpoint to go back to: lower the learning rate, or look at the samples in log.jsonl"
+        )
+    state = read_state(checkpoint, t.config)
+    restore_checkpoint(checkpoint, state, t.engine, t.snapshot)
+    logger.warning("went back from step %d to %s; data left out: %s", step, checkpoint, t.left_out.ranges)
+    t.log.write(step, {"rolled_back_to": state["step"], "skipped_data": t.left_out.ranges})
+    t.log.go_back(state["step"])
+    return state["step"]

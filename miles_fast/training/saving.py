@@ -1,0 +1,261 @@
+"""Saving beside training: state is copied to host memory, a thread writes it aside, hashes and renames it.
+
+The ranks need no collective for it: each leaves a record beside its file, and rank 0 completes the checkpoint
+when all records are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from miles_fast.config import Config, to_dict
+from miles_fast.distributed import gather_objects, rank, world_size
+from miles_fast.files import flush_to_disk, write_whole
+from miles_fast.models.storage import write_model
+from miles_fast.training.checkpoint import complete_checkpoints, published_names, random_state
+from miles_fast.training.engine_state import counters, own_state
+from miles_fast.training.manifest import CheckpointError, digest, write_manifest
+from miles_fast.training.snapshot import Snapshot
+
+_POLL_SECONDS = 0.02
+
+
+class HostCopy:
+    """Copies of device tensors in one pinned buffer, made on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._buffer = torch.empty(0)
+
+    def reserve(self, elements: int) -> None:
+        """Have room for so many float32 elements; pinning memory takes seconds, better before training."""
+        if self._buffer.numel() < elements:
+            self._buffer = torch.empty(elements, pin_memory=self._cuda)
+
+    def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Start copying float32 tensors; what is returned is good after `wait`."""
+        self.reserve(sum(tensor.numel() for tensor in tensors.values()))
+        copies, start = {}, 0
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            for name, tensor in tensors.items():
+                copies[name] = self._buffer[start : start + tensor.numel()].view(tensor.shape)
+                copies[name].copy_(tensor, non_blocking=True)
+                start += tensor.numel()
+        return copies
+
+    def hold_back_updates(self) -> None:
+        """Have what the device is given from now on wait for the copies; the host does not wait."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def wait(self) -> None:
+        """Wait for the copies."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time, in a thread."""
+
+    def __init__(
+        self, run: Path, config: Config, engine: Any, snapshot: Snapshot | None, device: torch.device
+    ) -> None:
+        self.folder, self._config, self._engine, self._snapshot = (
+            run / "checkpoints",
+            config,
+            engine,
+            snapshot,
+        )
+        # Ranks must not meet what a killed run left, and need not wait until rank 0 has removed it.
+        self._token = gather_objects(secrets.token_hex(4))[0]
+        self._copy = HostCopy(device)
+        if device.type == "cuda":
+            self._copy.reserve(self._elements())
+        self._thread: threading.Thread | None = None
+        self._given_up = threading.Event()
+        self.problem: str | None = None
+        if rank() == 0:
+            for left in self.folder.glob(".step-*"):
+                replaced = self.folder / left.stem.removeprefix(".")
+                if left.suffix == ".old" and not replaced.exists():
+                    os.replace(left, replaced)  # killed before the new one was in its place
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def _elements(self) -> int:
+        weights = sum(t.numel() for n, t in own_state(self._engine).items() if n.startswith("weight|"))
+        average = self._average()
+        return 3 * weights + sum(tensor.numel() for tensor in average.values())
+
+    def _average(self) -> dict[str, Tensor]:
+        return self._snapshot.state_dict() if self._snapshot is not None and rank() == 0 else {}
+
+    @property
+    def busy(self) -> bool:
+        """A checkpoint is still being written on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, step: int, skipped_data: list[tuple[int, int]]) -> None:
+        """Take the state after optimizer step `step`, and have it written; the one before must be done."""
+        assert not self.busy and self.problem is None
+        self._partial = self.folder / f".step-{step:08d}.{self._token}"
+        own = self._copy.take(own_state(self._engine) | {f"|{n}": t for n, t in self._average().items()})
+        state = {
+            "step": step,
+            "skipped_data": skipped_data,
+            "ranks": world_size(),
+            "clips_per_step": self._engine.train_batch_size(),
+            "counters": counters(self._engine),
+            "config": to_dict(self._config),
+        }
+        shapes = {
+            name: tuple(_shape(parameter)) for name, parameter in self._engine.module.named_parameters()
+        }
+        arguments = (f"step-{step:08d}", own, random_state(), state, shapes)
+        self._given_up.clear()
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def before_update(self) -> None:
+        """Call it before weights change: the device's update waits until they are copied."""
+        self._copy.hold_back_updates()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint under way; all ranks must call it.
+
+        Raises CheckpointError where a rank could not write; older checkpoints and `latest` are as they were.
+        """
+        while True:
+            done = gather_objects((not self.busy, self.problem))
+            problem = next((text for _, text in done if text), None)
+            if problem:
+                self._give_up(problem)
+            if all(finished for finished, _ in done):
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _give_up(self, problem: str) -> None:
+        self._given_up.set()
+        if self._thread is not None:
+            self._thread.join()
+        gather_objects(None)
+        if rank() == 0:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        self.problem = None
+        name = self._partial.name.split(".")[1]
+        raise CheckpointError(
+            f"{self.folder / name} could not be written ({problem}); older checkpoints are untouched. "
+            "Free some space and go on with --resume auto"
+        )
+
+    def _run(self, name: str, *parts: Any) -> None:
+        try:
+            self._copy.wait()
+            self._write(name, *parts)
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            self.problem = f"rank {rank()}: {error}"
+
+    def _write(
+        self,
+        name: str,
+        own: dict[str, Tensor],
+        random: dict[str, Tensor],
+        state: dict[str, Any],
+        shapes: dict[str, tuple[int, ...]],
+    ) -> None:
+        self._partial.mkdir(parents=True, exist_ok=True)
+        average = {key[1:]: tensor for key, tensor in own.items() if key.startswith("|")}
+        own = {key: tensor for key, tensor in own.items() if not key.startswith("|")}
+        written = {f"rank-{rank():05d}.safetensors": own | random}
+        if average:
+            written["snapshot.safetensors"] = average
+        files = {}
+        for file, tensors in written.items():
+            save_file(tensors, self._partial / file)
+            flush_to_disk(self._partial / file)
+            files[file] = digest(self._partial / file)
+        write_whole(self._record(rank()), json.dumps(files))
+        if rank() == 0:
+            self._complete(name, state, shapes)
+
+    def _record(self, number: int) -> Path:
+        return self._partial / f".rank-{number:05d}.json"
+
+    def _complete(self, name: str, state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+        files: dict[str, dict[str, int | str]] = {}
+        for number in range(world_size()):
+            while not self._record(number).is_file():
+                if self._given_up.is_set():
+                    return
+                time.sleep(_POLL_SECONDS)
+            files |= json.loads(self._record(number).read_text())
+            self._record(number).unlink()
+        model = self._engine.module.model
+        write_model(
+            self._partial / "student",
+            published_names(whole_weights([self._partial / file for file in files], shapes)),
+            model.config,
+            model.vocabulary_size,
+            self._config.model.text.tokenizer_source,
+        )
+        write_whole(self._partial / "state.json", json.dumps(state, indent=2) + "\n")
+        for path in [*(self._partial / "student").rglob("*"), self._partial / "student"]:
+            flush_to_disk(path)
+        for path in [*(self._partial / "student").rglob("*"), self._partial / "state.json"]:
+            if path.is_file():
+                files[path.relative_to(self._partial).as_posix()] = digest(path)
+        write_manifest(self._partial, files)
+        self._publish(name)
+
+    def _publish(self, name: str) -> None:
+        target, old = self.folder / name, self.folder / f".{name}.old"
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        os.replace(self._partial, target)
+        flush_to_disk(self.folder)
+        write_whole(self.folder / "latest", name + "\n")
+        shutil.rmtree(old, ignore_errors=True)
+        kept, milestone = self._config.run.keep_checkpoints, self._config.run.milestone_every
+        for path in complete_checkpoints(self.folder)[:-kept]:
+            if not milestone or int(path.name.removeprefix("step-")) % milestone:
+                shutil.rmtree(path)
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def whole_weights(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Whole float32 weights by parameter, put together from the ranks' files."""
+    found: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+    for path in files:
+        if not path.name.startswith("rank-"):
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                kind, start, parameter = name.split("|", 2) if name.count("|") > 1 else (name, "0", "")
+                if kind == "weight":
+                    found[parameter].append((int(start), file.get_tensor(name)))
+    weights = {}
+    for name, shape in shapes.items():
+        parts = [values for _, values in sorted(found[name], key=lambda part: part[0])]
+        weights[name] = torch.cat(parts).view(shape)
+    return weights

@@ -1,0 +1,104 @@
+"""One rank of a tiny run whose faults are given: tests start it with RANK, WORLD_SIZE and so on set.
+
+Without dropout, and with the joined batch's masks dealt out, any number of ranks computes the same.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+import torch  # noqa: E402
+from tiny import ds_tree, joined_masks, tiny_config  # noqa: E402
+
+from miles_fast.data.loader import Loader  # noqa: E402
+from miles_fast.distributed import configure_logging, rank, world_size  # noqa: E402
+from miles_fast.training import loop  # noqa: E402
+from miles_fast.training.engine import check_ds_config  # noqa: E402
+from miles_fast.training.numerics import LossGuard  # noqa: E402
+from miles_fast.training.saving import Saver  # noqa: E402
+from miles_fast.training.signals import STOPPED, Stopped  # noqa: E402
+
+
+def inject(fault: str, steps: int, note: Path):
+    """A `deal` for `pretrain` that notes the keys and brings in `kind:step:rank` (kind:step-step:rank)."""
+    kind, when, who = fault.split(":") if fault else ("", "0", "0")
+    first, last = (int(part) for part in (when.split("-") * 2)[:2])
+
+    def deal(loader, first_step):
+        accumulation = loader.share.accumulation
+        for number, batch in enumerate(Loader.batches(loader, first_step)):
+            step = first_step + number // accumulation + 1
+            if rank() == int(who) and first <= step <= last:
+                if kind == "nan-data":
+                    batch = replace(batch, video_BTCHW=batch.video_BTCHW * float("nan"))
+                elif kind == "hang":
+                    time.sleep(10**6)
+                elif kind == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif kind == "freeze":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif kind == "term":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                elif kind == "usr1":
+                    os.kill(os.getpid(), signal.SIGUSR1)
+            with open(note, "a") as file:
+                file.write(json.dumps({"data": step, "keys": batch.keys}) + "\n")
+            yield batch
+
+    if kind == "nan-gradient":
+        check, calls = LossGuard.check, [0]
+
+        def broken(self, losses, keys):
+            calls[0] += 1
+            loss = check(self, losses, keys)
+            return loss * float("inf") if rank() == int(who) and first <= calls[0] <= last else loss
+
+        LossGuard.check = broken
+    return deal
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--joined", type=int, default=4, help="clips of a micro step over all ranks")
+    parser.add_argument("--stage", type=int, default=1)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--resume")
+    parser.add_argument("--fault", default="")
+    parser.add_argument("--wait-for-saves", action="store_true", help="so that none is left out")
+    parser.add_argument("--run-keys", type=json.loads, default={})
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    configure_logging()
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    run = {"folder": str(options.run), "steps": options.steps, "hang_seconds": 120} | options.run_keys
+    config = tiny_config(options.root, run=run, method={"snapshot": {"momentum": 0.9}})
+    config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
+    tree = ds_tree(options.stage, options.joined // ranks, options.accumulation)
+    settings = check_ds_config(tree, "ds", config, cuda=False, ranks=ranks)
+    # A reading process draws them, and knows `tiny` but not this program.
+    loop.partial = lambda _, *rest: partial(joined_masks, *rest, world_size())
+    if options.wait_for_saves:
+        begin = Saver.start
+        Saver.start = lambda saver, *rest: (begin(saver, *rest), saver.settle())
+    options.run.mkdir(parents=True, exist_ok=True)
+    note = options.run.with_name(f"{options.run.name}.keys{os.environ.get('RANK', 0)}.jsonl")
+    loop.pretrain(config, settings, resume=options.resume, deal=inject(options.fault, options.steps, note))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)

@@ -1,0 +1,107 @@
+"""F7, F9: signals, ranks that hang or are gone, memory that does not suffice."""
+
+import json
+import time
+
+import pytest
+import torch
+from tiny import ds_tree, tiny_config
+
+from miles_fast.training import loop
+from miles_fast.training.checkpoint import find_checkpoint
+from miles_fast.training.engine import check_ds_config
+from miles_fast.training.memory_report import OutOfMemory
+from miles_fast.training.progress import read_log
+from miles_fast.training.signals import HUNG, STOPPED
+
+HANG = ("--run-keys", '{"hang_seconds": 12}')
+
+
+def figures(run):
+    names = ("step", "loss", "contrastive", "regression", "gradient_norm")
+    return [[record[name] for name in names] for record in read_log(run) if "loss" in record]
+
+
+@pytest.mark.parametrize("kind,ranks", [("term", 2), ("usr1", 1)])
+def test_a_signal_ends_with_a_checkpoint_and_the_resume_is_bit_exact(
+    start, tmp_path, finding, full, kind, ranks
+):
+    if not full and kind != "term":
+        pytest.skip("make faults runs SIGUSR1 too")
+    whole = start(tmp_path / "whole", ranks, "--steps", "5")
+    assert whole.wait() == [0] * ranks, whole.errors
+    # Only the last rank is told; all stop after the same step.
+    run = start(tmp_path / "run", ranks, "--steps", "5", "--fault", f"{kind}:2:{ranks - 1}")
+    began = time.monotonic()
+    assert run.wait() == [STOPPED] * ranks, run.errors
+    seconds = time.monotonic() - began
+    assert "its checkpoint is complete" in run.errors[0]
+    stopped = find_checkpoint(tmp_path / "run", "auto")
+    assert 2 <= int(stopped.name[-2:]) < 5
+    again = start(tmp_path / "run", ranks, "--steps", "5", "--resume", "auto")
+    assert again.wait() == [0] * ranks, again.errors
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    for name in ("rank-00000.safetensors", "snapshot.safetensors", "student/model.safetensors"):
+        files = [tmp_path / r / "checkpoints" / "step-00000005" / name for r in ("run", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    finding("F7", f"exit code {STOPPED} after {seconds:.0f} s with the start, resumed bit-equal ({kind})")
+
+
+@pytest.mark.parametrize(
+    "kind,rank,said",
+    [
+        ("hang", 1, "rank 1 hangs while waiting for the data of step 3, at ranks.py"),
+        ("die", 1, "rank 1 gives no sign of life: its process is gone"),
+        ("die", 0, "rank 0 gives no sign of life: its process is gone"),
+        ("freeze", 1, "rank 1 gives no sign of life: its process is gone or stopped"),
+        ("freeze", 0, "rank 0 gives no sign of life for 16 s: its process is gone or stopped"),
+    ],
+)
+def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, kind, rank, said):
+    if not full and (kind, rank) not in (("hang", 1), ("die", 1)):
+        pytest.skip("make faults runs them all")
+    run = start(tmp_path / "run", 2, "--steps", "99", *HANG, "--fault", f"{kind}:3:{rank}")
+    began = time.monotonic()
+    codes = run.wait(timeout=200, besides=(rank,) if kind in ("die", "freeze") else ())
+    seconds = time.monotonic() - began
+    other = 1 - rank
+    assert codes[other] == HUNG, run.errors
+    assert said in run.errors[other], run.errors[other]
+    finding("F9", f"{kind} of rank {rank}: named, all ended {seconds:.0f} s after the start (limit 12 s)")
+
+
+def test_memory_that_does_not_suffice_is_reported(root, tmp_path, monkeypatch, finding):
+    def full(*rest, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(loop, "train_step", full)
+    config = tiny_config(root, run={"folder": str(tmp_path / "run")})
+    settings = check_ds_config(ds_tree(stage=1, batch=4), "ds", config, cuda=False, ranks=1)
+    with pytest.raises(OutOfMemory) as caught:
+        loop.pretrain(config, settings)
+    text = str(caught.value)
+    assert "rank 0 ran out of memory" in text and "optimizer moments" in text and "snapshot" in text
+    assert "train_micro_batch_size_per_gpu 4 -> 2 with gradient_accumulation_steps 1 -> 2" in text
+    assert "zero_optimization.stage 1 -> 2" in text
+    finding("F9", "out of memory: a table by use and the settings to lower, in order")
+
+
+def test_a_failed_save_can_be_gone_on_from(root, tmp_path, monkeypatch):
+    write, tries = loop.Saver._write, []
+
+    def fails_once(saver, name, *rest):
+        tries.append(name)
+        if len(tries) == 1:
+            raise OSError(28, "No space left on device")
+        write(saver, name, *rest)
+
+    monkeypatch.setattr(loop.Saver, "_write", fails_once)
+    run = {"folder": str(tmp_path / "run"), "steps": 6, "save_every": 2, "on_save_error": "continue"}
+    config = tiny_config(root, run=run)
+    settings = check_ds_config(ds_tree(), "ds", config, cuda=False, ranks=1)
+    loop.pretrain(config, settings)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert "step-00000002" not in names and (tmp_path / "run" / "checkpoints" / "latest").read_text() == (
+        "step-00000006\n"
+    )
+    assert json.loads((tmp_path / "run" / "checkpoints" / names[-1] / "state.json").read_text())["step"] == 6

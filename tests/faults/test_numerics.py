@@ -1,0 +1,162 @@
+"""F6: gradients and losses that are not finite, spikes, rollback, lost updates, collapse."""
+
+import json
+import logging
+
+import pytest
+import torch
+from tiny import ds_tree, tiny_config
+
+from miles_fast.training import loop
+from miles_fast.training.engine import check_ds_config
+from miles_fast.training.loop import pretrain
+from miles_fast.training.numerics import (
+    FEWEST,
+    LossGuard,
+    NumericsError,
+    SkippedData,
+    warn_of_collapse,
+)
+from miles_fast.training.objective import Losses
+from miles_fast.training.progress import read_log
+
+
+def losses(value):
+    zero = torch.zeros(())
+    return Losses(torch.tensor(value, requires_grad=True), zero, zero, zero, zero)
+
+
+def files_of(run, name):
+    from safetensors.torch import load_file
+
+    folder = run / "checkpoints" / name
+    parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    state = json.loads((folder / "state.json").read_text())
+    return {key: tensor for part in parts for key, tensor in part.items()}, state["counters"]
+
+
+@pytest.mark.parametrize(
+    "stage,kind", [(1, "nan-data"), (0, "nan-data"), (1, "nan-gradient"), (2, "nan-data"), (3, "nan-data")]
+)
+def test_a_bad_step_of_one_rank_changes_nothing_on_any(start, tmp_path, finding, full, stage, kind):
+    if not full and (stage, kind) != (1, "nan-data"):
+        pytest.skip("make faults runs the others")
+    options = ["--steps", "4", "--stage", str(stage), "--wait-for-saves"]
+    options += ["--run-keys", '{"save_every": 1, "keep_checkpoints": 9}']
+    run = start(tmp_path / "run", 2, *options, "--fault", f"{kind}:3:1")
+    assert run.wait() == [0, 0], run.errors
+    before, counts = files_of(tmp_path / "run", "step-00000002")
+    after, later = files_of(tmp_path / "run", "step-00000003")
+    same = {key for key in before if not key.startswith("random")}
+    assert same == {key for key in after if not key.startswith("random")}
+    assert all(torch.equal(before[key], after[key]) for key in same)  # weights, moments, snapshot
+    assert counts["scheduler"] == later["scheduler"] and counts["optimizer"] == later["optimizer"]
+    assert later["engine"]["skipped_steps"] == counts["engine"]["skipped_steps"] + 1
+    last, _ = files_of(tmp_path / "run", "step-00000004")
+    assert not all(torch.equal(before[key], last[key]) for key in same)
+    assert all(tensor.isfinite().all() for key, tensor in last.items() if not key.startswith("random"))
+    log = read_log(tmp_path / "run")
+    blamed = [record["skipped"] for record in log if "skipped" in record]
+    assert len(blamed) == 1 and log[-1]["skipped_steps"] == 1
+    keys = [json.loads(line) for line in (tmp_path / "run.keys1.jsonl").read_text().splitlines()]
+    culprit = next(entry for entry in blamed[0] if entry["rank"] == 1)
+    assert culprit["keys"] == next(entry["keys"] for entry in keys if entry["data"] == 3)
+    if kind == "nan-data":  # whose loss was bad is named alone
+        assert [entry["rank"] for entry in blamed[0]] == [1]
+    finding("F6", f"{kind} on one rank at ZeRO {stage}: skipped on both, state bit-equal")
+
+
+def train(root, folder, deal, **run):
+    config = tiny_config(root, run={"folder": str(folder), **run})
+    settings = check_ds_config(ds_tree(stage=1), "ds", config, cuda=False, ranks=1)
+    pretrain(config, settings, deal=deal)
+    return read_log(folder)
+
+
+def spoiled(bad, seen):
+    """Batches whose data steps `bad` hold NaN; `seen` gets the data steps in the order they are used."""
+    from dataclasses import replace
+
+    from miles_fast.data.loader import Loader
+
+    def deal(loader, first):
+        for data, batch in enumerate(Loader.batches(loader, first), start=first):
+            seen.append(data)
+            if data in bad:
+                batch = replace(batch, video_BTCHW=batch.video_BTCHW * float("nan"))
+            yield batch
+
+    return deal
+
+
+def test_after_some_bad_steps_in_a_row_it_goes_back_and_leaves_their_data_out(root, tmp_path, finding):
+    seen = []
+    log = train(root, tmp_path / "run", spoiled({4, 5}, seen), steps=6, save_every=3, max_skipped_steps=2)
+    assert seen == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
+    assert [r["step"] for r in log if "skipped" in r] == [5, 6]
+    back = next(r for r in log if "rolled_back_to" in r)
+    assert back["rolled_back_to"] == 3 and back["skipped_data"] == [[4, 6]]
+    losses = [r["loss"] for r in log if "loss" in r and r["loss"] == r["loss"]]
+    assert losses[3] == losses[4]  # step 4 again, from the same state and the same data
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert state["step"] == 6 and state["skipped_data"] == [[4, 6]]
+    finding("F6", "after K in a row it goes back and leaves their data out")
+
+
+def test_it_gives_up_when_going_back_does_not_help(root, tmp_path):
+    bad = set(range(3, 100))
+    with pytest.raises(NumericsError, match="after 1 rollbacks"):
+        train(
+            root,
+            tmp_path / "run",
+            spoiled(bad, []),
+            **{"steps": 9, "save_every": 3, "max_skipped_steps": 2, "max_rollbacks": 1},
+        )
+    with pytest.raises(NumericsError, match="no checkpoint to go back to"):
+        train(root, tmp_path / "other", spoiled({0, 1}, []), steps=6, max_skipped_steps=2)
+
+
+def test_positions_jump_over_data_that_are_left_out(root):
+    config = tiny_config(root, run={"folder": "x", "steps": 9, "max_skipped_steps": 1}).run
+    left_out = SkippedData(config, [(2, 4), (5, 6)])
+    assert [left_out.position(step) for step in range(6)] == [0, 1, 4, 6, 7, 8]
+    assert left_out.skipped(4) and left_out.ranges == [(2, 6)]
+    assert [left_out.position(step) for step in range(4)] == [0, 1, 6, 7]
+
+
+def test_a_spike_is_skipped_and_does_not_raise_the_bar():
+    guard, device = LossGuard(10.0, torch.device("cpu")), torch.device("cpu")
+    plain = LossGuard(None, device)
+    for number in range(FEWEST):
+        value = losses(1.0 + 0.01 * number)
+        guard.check(value, ()).backward()
+        assert value.total.grad == 1
+    for value, good in ((9.0, True), (12.0, False), (12.0, False), (1.0, True), (float("inf"), False)):
+        spike, unwatched = losses(value), losses(value)
+        guard.check(spike, ("a",)).backward()
+        assert bool(spike.total.grad.isfinite()) is good
+        plain.check(unwatched, ()).backward()
+        assert bool(unwatched.total.grad.isfinite()) is (value != float("inf"))
+
+
+def test_an_update_that_changes_nothing_is_an_error(root, tmp_path, monkeypatch):
+    build = loop.build_engine
+
+    def lame(objective, settings):
+        engine = build(objective, settings)
+        monkeypatch.setattr(engine.optimizer.optimizer, "step", lambda *_: None)
+        return engine
+
+    monkeypatch.setattr(loop, "build_engine", lame)
+    with pytest.raises(NumericsError, match="step 1 changed none of the sampled weights.*8415"):
+        train(root, tmp_path / "run", spoiled(set(), []), steps=2)
+
+
+def test_collapse_is_warned_of(root, caplog):
+    config = tiny_config(root, run={"folder": "x", "steps": 9}).run
+    with caplog.at_level(logging.WARNING, "miles_fast"):
+        logging.getLogger("miles_fast").propagate = True
+        warn_of_collapse(0.5, config)
+        assert not caplog.records
+        warn_of_collapse(1e-4, config)
+    assert "targets collapse" in caplog.text and "run.min_target_std = 0.01" in caplog.text

@@ -1,0 +1,80 @@
+"""The plan: parameters counted exactly, bytes by hand, and a prediction that finds what it was made from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ds_tree, tiny_config
+
+from miles_fast.config import load_config
+from miles_fast.training.engine import check_ds_config
+from miles_fast.training.planning import (
+    Links,
+    Measured,
+    Sizes,
+    model_sizes,
+    plan,
+    sent_bytes,
+    state_bytes,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def settings_of(config, stage, sums="fp32", bf16=True, accumulation=1):
+    tree = ds_tree(stage, 64, accumulation, bf16) | {"data_types": {"grad_accum_dtype": sums}}
+    return check_ds_config(tree, "ds", config, cuda=True, ranks=1)
+
+
+def test_parameters_are_counted_as_the_model_has_them():
+    config = load_config(ROOT / "launch" / "configs" / "stage2.yaml", ["run.init_from=null"])
+    sizes = model_sizes(config, 30522)
+    # ViT-B with divided space-time attention, DistilBERT (66.36 M), two projections to 256, the mask token.
+    vit = 12 * (2 * 4 * 768**2 + 8 * 768**2 + 3 * 2 * 768 + 2 * (3 + 1) * 768 + 5 * 768)
+    vit += 16 * 16 * 3 * 768 + 768 + 768 + 197 * 768 + 4 * 768 + 2 * 768
+    assert sizes.snapshot == vit + 768 * 256 + 256
+    assert sizes.trained == vit + 66_362_880 + 2 * (768 * 256 + 256) + 768
+
+
+def test_memory_and_traffic_by_hand(tmp_path):
+    config, sizes = tiny_config(tmp_path), Sizes(trained=1000, snapshot=100)
+    bytes_of = {stage: state_bytes(sizes, settings_of(config, stage), 4) for stage in (1, 3)}
+    assert bytes_of[1] == 1000 * (2 + 6) + 12 * 1000 / 4 + 600
+    assert bytes_of[3] == 1000 * (2 + 2 + 12) / 4 + 600
+    assert state_bytes(sizes, settings_of(config, 2, "bf16"), 4) == 1000 * (2 + 2 / 4 + 12 / 4) + 600
+    exchanged, contrast = sent_bytes(config, sizes, settings_of(config, 1), 4)
+    assert exchanged == 0.75 * 1000 * (2 * 4 + 2)
+    assert contrast == 0.75 * 3 * (4 * 64 * 2 * 16 * 2)
+    assert sent_bytes(config, sizes, settings_of(config, 3, accumulation=2), 2)[0] == 0.5 * 1000 * 6 * 2
+    assert sent_bytes(config, sizes, settings_of(config, 1), 1) == (0, 0)
+
+
+def test_one_gpu_is_predicted_as_measured_and_more_are_slower_each(tmp_path):
+    config, sizes = tiny_config(tmp_path), Sizes(trained=180_000_000, snapshot=114_000_000)
+    settings = settings_of(config, 1)
+    measured = Measured(clips_per_second=400.0, step_seconds=64 / 400, memory_gib=24.0)
+    plans = [plan(config, settings, sizes, measured, Links(), gpus) for gpus in (1, 2, 8, 16, 1024)]
+    assert plans[0].clips_per_second == pytest.approx(400) and plans[0].memory_gib == pytest.approx(24)
+    assert all(a.efficiency > b.efficiency for a, b in zip(plans, plans[1:], strict=False))
+    seconds = 0.5 * 1.8e9 / (450e9 * 0.75) + 5 * 15e-6
+    assert plans[1].communication_seconds == pytest.approx(seconds, rel=0.02)
+    slow = plan(config, settings, sizes, measured, Links(network=5), 16)
+    assert slow.communication_seconds > 8 * plans[3].communication_seconds
+
+
+def test_the_program_compares_with_what_was_measured(tmp_path, capsys, monkeypatch):
+    sys.path.insert(0, str(ROOT / "launch"))
+    import plan as program
+
+    for name, speed in (("one", 400.0), ("two", 780.0)):
+        record = {"clips_per_second": speed, "memory_gib": 24.0}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    files = [f"1={tmp_path / 'one.jsonl'}", f"2={tmp_path / 'two.jsonl'}"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "1", "1024", "--measured", *files])
+    program.main()
+    out = capsys.readouterr().out
+    assert "180.9 M parameters" in out and "measured 780: predicted +" in out and "1024 GPUs" in out
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--measured", "2=nowhere.jsonl"])
+    with pytest.raises(OSError):
+        program.main()
