@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("--part-size", type=int, default=16384, help="samples of one file")
     parser.add_argument("--workers", type=int, default=4, help="reading processes")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16" if device.type == "cuda" else "float32", help="of the model"
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16" if device.type == "cuda" else "float32",
+        help="of the model",
     )
     parser.add_argument(
         "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"

@@ -1,4 +1,4 @@
-"""Take a model away, or bring one in: python launch/export.py SOURCE --output OUTPUT [--from KIND] [--to KIND]
+"""Take a model away, or bring one in: python launch/export.py SOURCE --output OUTPUT [--from ...] [--to ...]
 
 python launch/export.py runs/demo --output exported                            # a model folder of ours
 python launch/export.py runs/demo --output MILES.pth --to official             # what the authors' code loads

@@ -40,7 +40,7 @@ def infer_architecture(weights: dict[str, Tensor], tokenizer: str, source: str) 
     for tower, size in (("video_model", width), ("text_model", text_width)):
         if size % _HEAD:
             raise ValueError(
-                f"{source}: {tower} is {size} wide, no multiple of {_HEAD}: its number of heads cannot be told; "
+                f"{source}: {tower} is {size} wide, no multiple of {_HEAD}: its heads cannot be told; "
                 "convert it from a file of this program, which says so"
             )
     grid = round((shape["video_model.pos_embed"][1] - 1) ** 0.5)

@@ -42,7 +42,12 @@ def read_checkpoint_file(path: str | Path, lineage: Lineage) -> tuple[dict[str, 
     path = Path(path)
     content = _unpickle(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if state is None and isinstance(content, dict) and content and all(map(torch.is_tensor, content.values())):
+    if (
+        state is None
+        and isinstance(content, dict)
+        and content
+        and all(map(torch.is_tensor, content.values()))
+    ):
         state = content
     if not isinstance(state, dict):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__

@@ -233,11 +233,13 @@ def _claim(folder: Path, description: SetDescription) -> None:
         return
     there, wanted = asdict(_read_description(folder)), asdict(description)
     there.pop("model"), wanted.pop("model")  # the weights' fingerprint tells, not the place
-    differing = [f"{name}: {there[name]!r} -> {wanted[name]!r}" for name in wanted if there[name] != wanted[name]]
+    differing = [
+        f"{name}: {there[name]!r} -> {wanted[name]!r}" for name in wanted if there[name] != wanted[name]
+    ]
     if differing:
         raise ValueError(
-            f"{place}: the embeddings there are of something else ({'; '.join(differing)[:500]}); name another "
-            "--output, or delete the folder"
+            f"{place}: the embeddings there are of something else ({'; '.join(differing)[:500]}); "
+            "name another --output, or delete the folder"
         )
 
 

@@ -46,7 +46,7 @@ class VideoTextEncoder(DualEncoder):
 
     @torch.inference_mode()
     def encode_words(self, caption: str) -> tuple[list[str], Tensor]:
-        """The words of a caption and their embeddings in the shared space, (W, E): the mean of a word's tokens.
+        """The words of a caption and their embeddings in the shared space, (W, E): its tokens' mean.
 
         The projection is the caption's, which training applies to [CLS] alone (as the paper's figure does).
         """
@@ -111,7 +111,9 @@ class VideoTextEncoder(DualEncoder):
                     "miles_fast.data.augmentation does"
                 )
             if not videos.is_floating_point():
-                raise ValueError(f"video is {videos.dtype}: normalise it (x / 255 - mean) / std, or give paths")
+                raise ValueError(
+                    f"video is {videos.dtype}: normalise it (x / 255 - mean) / std, or give paths"
+                )
         for start in range(0, len(videos), batch):
             part = videos[start : start + batch]
             yield (part if isinstance(part, Tensor) else self.read_videos(part, num_frames)).to(device)

@@ -58,7 +58,9 @@ def write_onnx(found: Pretrained, folder: Path) -> None:
     Each is run by onnxruntime on a batch of another size and compared with torch. Raises ValueError when the
     packages for it are missing or the figures differ.
     """
-    needed = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    needed = [
+        name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None
+    ]
     if needed:
         raise ValueError(f"--to onnx needs {', '.join(needed)}: pip install 'miles-fast[onnx]'")
     with whole_folder(folder) as partial:
@@ -122,7 +124,9 @@ def _check(name: str, graph: nn.Module, example: tuple[Tensor, ...], run, tolera
     for output, mine, theirs in zip(OUTPUTS, wanted, given, strict=True):
         difference = float((mine - theirs).abs().max())
         if not difference <= tolerance * max(1.0, float(mine.abs().max())):
-            raise ValueError(f"{name}: its {output} differs from torch's by {difference:.2g}; nothing was written")
+            raise ValueError(
+                f"{name}: its {output} differs from torch's by {difference:.2g}; nothing was written"
+            )
 
 
 def _describe(found: Pretrained, folder: Path, suffix: str) -> None:

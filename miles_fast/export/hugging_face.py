@@ -1,8 +1,8 @@
 """MILES for Hugging Face's transformers: MilesModel, MilesConfig, MilesProcessor.
 
-    from transformers import AutoModel, AutoProcessor
-    import miles_fast.export.hugging_face  # registers them
-    model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+from transformers import AutoModel, AutoProcessor
+import miles_fast.export.hugging_face  # registers them
+model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from transformers.utils import ModelOutput  # noqa: E402
 
 
 class MilesConfig(PreTrainedConfig):
-    """The model section of a run's config (miles_fast/config.py): `video`, `text`, `embedding`, `attention`."""
+    """The model section of a run's config: `video`, `text`, `embedding`, `attention`."""
 
     model_type = "miles"
 
@@ -125,7 +125,7 @@ class MilesModel(PreTrainedModel):
 
 
 class MilesFeatureExtractor(FeatureExtractionMixin):
-    """Frames of clips to pixels as evaluation does: equal segments' middle frames, centre square, normalised."""
+    """Frames to pixels as evaluation does: equal segments' middle frames, centre square, normalised."""
 
     model_input_names = ["pixel_values"]
 

@@ -18,7 +18,8 @@ tags: [video-text-retrieval, miles, miles_fast]
 ---
 # {title}
 
-A dual encoder for video-text retrieval of the architecture of MILES (Ge et al., ECCV 2022, arXiv 2204.12408), {by}.
+A dual encoder for video-text retrieval with the architecture of MILES (Ge et al., ECCV 2022, arXiv
+2204.12408), {by}.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -40,7 +41,7 @@ def model_card(found: Pretrained) -> str:
         "## Model",
         f"- {parameters:,} parameters; embeddings of {found.config.embedding}",
         f"- video: ViT with divided space-time attention, {video.depth} blocks of {video.width}, "
-        f"{video.num_frames} frames of {video.image_size} x {video.image_size}, patches of {video.patch_size}",
+        f"{video.num_frames} frames of {video.image_size} x {video.image_size}, patch {video.patch_size}",
         f"- text: DistilBERT, {text.depth} layers of {text.width}, {found.vocabulary_size:,} word embeddings",
         *(f"- {note}" for note in found.notes),
         "",
@@ -66,7 +67,8 @@ def _of_run(run: Path, step: int | None) -> list[str]:
         f"{data['crop_scale'][0]:g} to {data['crop_scale'][1]:g} of the area, flip {data['flip']:g}",
         "",
         "## Recipe",
-        f"- {steps[-1]['step'] if steps else step} of {config['run']['steps']} steps, seed {config['run']['seed']}",
+        f"- {log[-1]['step'] if log else step} of {config['run']['steps']} steps, "
+        f"seed {config['run']['seed']}",
         f"- view {method['view']}; mask {method['mask']['kind']} at {method['mask']['ratio']:g}; snapshot "
         f"{method['snapshot']['update']} from {method['snapshot']['momentum']:g} to "
         f"{method['snapshot']['final_momentum']:g}; temperature {method['contrast']['temperature']:g}",

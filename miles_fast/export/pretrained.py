@@ -85,8 +85,7 @@ def read_pretrained(
     return found
 
 
-def build_model(
-    found: Pretrained, make: type[Model] = DualEncoder) -> Model:
+def build_model(found: Pretrained, make: type[Model] = DualEncoder) -> Model:
     """A model with these weights and its tokenizer, in evaluation mode; `make` is its class."""
     model = make(_resolved(found), found.vocabulary_size)
     model.load_state_dict(found.weights)
@@ -119,8 +118,8 @@ def _check_vocabulary(found: Pretrained, source: str) -> None:
     size = len(load_tokenizer(found.tokenizer))
     if size > found.vocabulary_size:
         raise ValueError(
-            f"{source}: text_model.embeddings.word_embeddings.weight has {found.vocabulary_size} rows, but the "
-            f"tokenizer {found.tokenizer!r} has {size} tokens; name the one it was trained with (--tokenizer)"
+            f"{source}: text_model.embeddings.word_embeddings.weight has {found.vocabulary_size} rows, but "
+            f"the tokenizer {found.tokenizer!r} has {size} tokens; name its own with --tokenizer"
         )
 
 
@@ -149,16 +148,13 @@ def _from_checkpoint_file(path: Path, lineage: Lineage, tokenizer: str | None) -
         vocabulary_size = int(description["vocabulary_size"])
     else:
         config, vocabulary_size = infer_architecture(weights, tokenizer, str(path))
-    size = len(load_tokenizer(tokenizer))
-    if size != description.get("tokenizer_size", vocabulary_size):
+    size, wanted = len(load_tokenizer(tokenizer)), description.get("tokenizer_size", vocabulary_size)
+    if size != wanted:
         raise ValueError(
-            f"{path} holds no tokenizer and was trained with one of "
-            f"{description.get('tokenizer_size', vocabulary_size)} tokens, but {tokenizer!r} has {size}; name "
-            "its own with --tokenizer"
+            f"{path} holds no tokenizer and was trained with one of {wanted} tokens, but {tokenizer!r} has "
+            f"{size}; name its own with --tokenizer"
         )
-    return Pretrained(
-        weights=weights, config=config, vocabulary_size=vocabulary_size, tokenizer=tokenizer
-    )
+    return Pretrained(weights=weights, config=config, vocabulary_size=vocabulary_size, tokenizer=tokenizer)
 
 
 def _is_hugging_face(folder: Path) -> bool:
@@ -166,6 +162,9 @@ def _is_hugging_face(folder: Path) -> bool:
 
 
 def _from_hugging_face(folder: Path, tokenizer: str | None) -> Pretrained:
+    # Registers the type that config.json names, or transformers warns of it.
+    import miles_fast.export.hugging_face  # noqa: F401
+
     place = folder / "config.json"
     try:
         description = json.loads(place.read_text())
@@ -187,8 +186,8 @@ def _from_hugging_face(folder: Path, tokenizer: str | None) -> Pretrained:
 def _with_image_tower(source: str, base: str | Path | None) -> Pretrained:
     if base is None:
         raise ValueError(
-            f"{source}: an image tower has neither text encoder nor temporal branch; name the model to put it "
-            "into with --base"
+            f"{source}: an image tower has neither text encoder nor temporal branch; name the model to "
+            "put it into with --base"
         )
     found = read_pretrained(base)
     model = build_model(found)

@@ -20,7 +20,7 @@ Target = Literal["safetensors", "official", "frozen", "hf", "timm", "onnx", "pt2
 
 
 def load(path: str | Path, device: str = "cpu", **options: Any) -> VideoTextEncoder:
-    """The model of an exported folder, a Hugging Face folder, a run or a checkpoint; see `read_pretrained`."""
+    """The model of an export, a Hugging Face folder, a run or a checkpoint; more in `read_pretrained`."""
     return build_model(read_pretrained(path, **options), VideoTextEncoder).to(device)
 
 
@@ -66,7 +66,7 @@ def write_pretrained(found: Pretrained, target: Target, output: str | Path) -> t
             for name, tensor in found.weights.items()
             if is_image_tower(name)
         }
-        what = "image tower only: the temporal branch, the text encoder and the projections do not fit timm's ViT"
+        what = "image tower only: temporal branch, text encoder and projections do not fit timm's ViT"
         with whole_file(output) as partial:
             save_file(tower, partial, metadata={"format": "pt", "content": f"MILES, {what}"})
         return output, what
@@ -74,8 +74,8 @@ def write_pretrained(found: Pretrained, target: Target, output: str | Path) -> t
         from miles_fast.export.hugging_face import write_hugging_face
 
         write_hugging_face(found, output)
-        return output, "for MilesModel, MilesProcessor of miles_fast.export.hugging_face; README.md is its card"
+        return output, "for MilesModel and MilesProcessor of miles_fast.export.hugging_face"
     write = write_onnx if target == "onnx" else write_programs
     write(found, output)
     frames = config.video.num_frames
-    return output, f"video_encoder and text_encoder, any batch, clips of {frames} frames (--frames for others)"
+    return output, f"both encoders for any batch, clips of {frames} frames (--frames for others)"

@@ -16,7 +16,7 @@ def nearest(queries_QE: np.ndarray, gallery_GE: np.ndarray, count: int) -> tuple
     """
     if queries_QE.shape[1] != gallery_GE.shape[1]:
         raise ValueError(
-            f"the queries are {queries_QE.shape[1]} wide and the gallery {gallery_GE.shape[1]}: made by two models"
+            f"the queries are {queries_QE.shape[1]} wide, the gallery {gallery_GE.shape[1]}: of two models"
         )
     count = min(count, len(gallery_GE))
     queries, gallery = (np.ascontiguousarray(x, dtype=np.float32) for x in (queries_QE, gallery_GE))
@@ -26,7 +26,9 @@ def nearest(queries_QE: np.ndarray, gallery_GE: np.ndarray, count: int) -> tuple
         index = faiss.IndexFlatIP(gallery.shape[1])
         index.add(gallery)
         return index.search(queries, count)
-    note_once("faiss is not installed (pip install 'miles-fast[search]'): numpy searches instead, more slowly")
+    note_once(
+        "faiss is not installed (pip install 'miles-fast[search]'): numpy searches instead, more slowly"
+    )
     similarity = queries @ gallery.T
     places = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
     return np.take_along_axis(similarity, places, axis=1), places
