@@ -104,7 +104,7 @@ def heat_over(pixels_HWC: np.ndarray, map_GG: np.ndarray, low: float, high: floa
 
 
 def confusion_grid(classes: Sequence[str], counts: np.ndarray) -> str:
-    """Rows are the true classes, columns the predicted ones, fuller is more of the row; then the worst pairs."""
+    """Rows are the true classes, columns the predicted ones, fuller is more of the row; then the worst."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size, cell = len(classes), 18 if len(classes) <= 24 else 5
     left = 120 if cell == 18 else 4

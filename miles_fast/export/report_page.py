@@ -225,7 +225,7 @@ def retrieval(gallery: Gallery, queries: int) -> str:
         )
     said = (
         f"{len(gallery.keys)} clips of {gallery.name}: text to video R@1 {100 * r.r1:.1f} %, R@5 "
-        f"{100 * r.r5:.1f} %, chance {100 / len(gallery.keys):.2f} %. {gallery.unreadable} could not be read. "
+        f"{100 * r.r5:.1f} %, chance {100 / len(gallery.keys):.2f} %. {gallery.unreadable} unreadable. "
         "Queries at even distances, not chosen; under each clip its cosine."
     )
     return _quiet(said) + "".join(articles)
