@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for the parts")
     parser.add_argument("--format", dest="layout", default="npz", choices=get_args(Layout))
     parser.add_argument("--frames", type=int, help="frames per clip; default: the model's own")
-    parser.add_argument("--caption-tokens", type=int, default=32)
+    parser.add_argument("--caption-tokens", type=int, help="default: 32, or all that the model takes")
     parser.add_argument("--batch", type=int, default=64 if device.type == "cuda" else 16)
     parser.add_argument("--part-size", type=int, default=16384, help="samples of one file")
     parser.add_argument("--workers", type=int, default=4, help="reading processes")
@@ -48,17 +48,21 @@ def main() -> None:
         "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"
     )
     options = parser.parse_args()
-    for name in ("batch", "part_size", "workers", "caption_tokens"):
+    for name in ("batch", "part_size", "workers"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     configure_logging()
     model = load(options.model)
     frames = options.frames or model.config.video.num_frames
+    most = model.config.text.max_positions
+    tokens = min(32, most) if options.caption_tokens is None else options.caption_tokens
+    if not 3 <= tokens <= most:
+        raise ValueError(f"--caption-tokens {tokens}: this model takes 3 to {most}")
     source = SourceConfig(shards=options.shards, name="embed")
     data = DataConfig(
         train=[source],
         frames_per_clip=frames,
-        caption_tokens=options.caption_tokens,
+        caption_tokens=tokens,
         allowed_prefixes=options.allow,
         decode_workers=options.workers,
     )
@@ -76,7 +80,7 @@ def main() -> None:
         shards=[str(path) for path in loader.shards.paths],
         samples=len(loader),
         frames=frames,
-        caption_tokens=options.caption_tokens,
+        caption_tokens=tokens,
         dtype=options.dtype,
         layout=options.layout,
         part_size=options.part_size,

@@ -2,8 +2,8 @@
 
 DIR/set.json says of what and by what they are; DIR/part-00000.npz (or .parquet) and so on hold keys, shards,
 captions and unit embeddings; DIR/part-00000.unreadable.jsonl names the samples of that stretch that could not
-be read. A part is written aside and renamed, so that the work can be killed at any moment: what is missing is
-made by the next call, to the same bytes.
+be read. A part is written aside and renamed, so that the work can be killed at any moment: the next call
+makes the missing parts.
 """
 
 from __future__ import annotations
