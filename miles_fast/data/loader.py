@@ -134,14 +134,14 @@ class EvaluationLoader:
         device: torch.device,
     ) -> None:
         self.name = source.name
-        self.shards = open_shards(source, data)
-        takes = _input(self.shards, source, data, device)
+        self._shards = open_shards(source, data)
+        takes = _input(self._shards, source, data, device)
         self._draw = ClipDraw(num_frames=data.frames_per_clip, takes=takes)
         self._finish = BatchFinisher(data, image_size, tokenizer, batch, device)
         self._batch, self._num_workers = batch, data.decode_workers
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self._shards)
 
     def batches(self, quarantine: Quarantine, samples: range | None = None) -> Iterator[Batch]:
         """Batches of `samples` (default: all); unreadable ones are counted and left out, never scored as
@@ -150,7 +150,7 @@ class EvaluationLoader:
         coming: deque[tuple[Request, Pending]] = deque()
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
-            pool = stack.enter_context(contextlib.closing(ReadingPool([self.shards], self._num_workers)))
+            pool = stack.enter_context(contextlib.closing(ReadingPool([self._shards], self._num_workers)))
             for start in range(0, len(samples) + AHEAD * self._batch, self._batch):
                 items = tuple(samples[start : start + self._batch])
                 if items:
@@ -162,7 +162,7 @@ class EvaluationLoader:
 
     def _finish_next(self, request: Request, pending: Pending, quarantine: Quarantine) -> Iterator[Batch]:
         def read_here() -> list[Clip]:
-            return _readable(answer([self.shards], _by_cpu(request)), quarantine)
+            return _readable(answer([self._shards], _by_cpu(request)), quarantine)
 
         clips = _readable(pending.collect(), quarantine)
         if clips:

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from miles_fast.data.batches import Quarantine
+from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.clips import BadSample
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.export.encoder import VideoTextEncoder
@@ -91,17 +92,38 @@ def embed_set(
         yield min(part * size, description.samples)
     if part == description.num_parts:
         return
-    quarantine, rows = _Listed(), []
-    for row in _rows(model, loader, quarantine, part * size):
-        while row[0] >= (part + 1) * size:
-            _write_part(folder, description, part, rows, loader, quarantine)
-            rows, part = [], part + 1
-            yield part * size
-        rows.append(row)
+    quarantine = _Listed()
+    rows: list[Row] = []
+    coming = embedded_batches(model, loader, quarantine, range(part * size, description.samples))
+    for numbers, _, videos, texts in coming:
+        for row in zip(numbers, videos.numpy(), texts.numpy(), strict=True):
+            while row[0] >= (part + 1) * size:
+                _write_part(folder, description, part, rows, loader, quarantine)
+                rows, part = [], part + 1
+                yield part * size
+            rows.append(row)
     while part < description.num_parts:
         _write_part(folder, description, part, rows, loader, quarantine)
         rows, part = [], part + 1
         yield min(part * size, description.samples)
+
+
+@torch.inference_mode()
+def embedded_batches(
+    model: VideoTextEncoder, loader: EvaluationLoader, quarantine: Quarantine, samples: range
+) -> Iterator[tuple[list[int], Batch, Tensor, Tensor]]:
+    """Batches in order with their samples' numbers and unit embeddings (B, E) of videos and captions."""
+    number = samples.start
+    for batch in loader.batches(quarantine, samples):
+        numbers = []
+        for key in batch.keys:
+            while loader.shards[number].key != key:  # batches are in order, less what is unreadable
+                number += 1
+            numbers.append(number)
+            number += 1
+        videos = unit(model.embed_video(batch.video_BTCHW))
+        texts = unit(model.embed_text(batch.token_ids_BL, batch.attention_BL))
+        yield numbers, batch, videos.cpu(), texts.cpu()
 
 
 def read_set(folder: str | Path) -> EmbeddingSet:
@@ -151,22 +173,6 @@ class _Listed(Quarantine):
     def add(self, bad: list[BadSample]) -> None:
         super().add(bad)
         self.found |= {(sample.shard, sample.key): sample for sample in bad}
-
-
-@torch.inference_mode()
-def _rows(
-    model: VideoTextEncoder, loader: EvaluationLoader, quarantine: Quarantine, start: int
-) -> Iterator[Row]:
-    number = start
-    for batch in loader.batches(quarantine, range(start, len(loader))):
-        videos = unit(model.embed_video(batch.video_BTCHW))
-        texts = unit(model.embed_text(batch.token_ids_BL, batch.attention_BL))
-        both = torch.stack([videos, texts], dim=1).cpu().numpy()
-        for key, (video, text) in zip(batch.keys, both, strict=True):
-            while loader.shards[number].key != key:  # batches are in order, less what is unreadable
-                number += 1
-            yield number, video, text
-            number += 1
 
 
 def _write_part(

@@ -20,10 +20,10 @@ from miles_fast.data.batches import Quarantine
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.evaluation.retrieval import chance, ranking
 from miles_fast.export.attention_maps import cls_attention, word_maps
+from miles_fast.export.embedding_set import embedded_batches
 from miles_fast.export.encoder import VideoTextEncoder
 from miles_fast.export.report_charts import confusion_grid, heat_over, line_chart, picture
 from miles_fast.files import write_whole
-from miles_fast.models.dual_encoder import unit
 from miles_fast.training.progress import read_log
 
 THUMBNAIL = 112  # pixels of a side
@@ -61,21 +61,19 @@ def collect_gallery(
 
     Raises ValueError when none can be read.
     """
-    quarantine, number = Quarantine(None), 0
+    quarantine = Quarantine(None)
     keys, captions, thumbnails, videos, texts, whole = [], [], [], [], [], []
-    for batch in loader.batches(quarantine, range(min(limit, len(loader)))):
-        videos.append(unit(model.embed_video(batch.video_BTCHW)).cpu())
-        texts.append(unit(model.embed_text(batch.token_ids_BL, batch.attention_BL)).cpu())
-        middle = shown(batch.video_BTCHW[:, batch.video_BTCHW.shape[1] // 2])
-        for row, key in enumerate(batch.keys):
-            while loader.shards[number].key != key:
-                number += 1
-            captions.append(loader.shards[number].captions()[0])
-            number += 1
-            if len(whole) < looked:
-                whole.append(Looked(video=batch.video_BTCHW[row : row + 1], caption=captions[-1], name=key))
+    samples = range(min(limit, len(loader)))
+    for numbers, batch, video_BE, text_BE in embedded_batches(model, loader, quarantine, samples):
+        said = [loader.shards[number].captions()[0] for number in numbers]
+        for row in range(min(looked - len(whole), len(said))):
+            clip = batch.video_BTCHW[row : row + 1]
+            whole.append(Looked(video=clip, caption=said[row], name=batch.keys[row]))
         keys += batch.keys
-        thumbnails += list(middle)
+        captions += said
+        thumbnails += list(shown(batch.video_BTCHW[:, batch.video_BTCHW.shape[1] // 2]))
+        videos.append(video_BE)
+        texts.append(text_BE)
     if not keys:
         raise ValueError(f"source {loader.name!r}: no readable sample ({dict(quarantine.counts)})")
     gallery = Gallery(
