@@ -74,7 +74,6 @@ def verdict(found: Examination, config: Config, batch: int) -> str:
         "storage": found.cold_milliseconds if found.cold_milliseconds > 1.5 * reading else 0.0,
         "reading": reading,
         "decoding": found.loader.decoding_milliseconds,
-        "tokenising": found.loader.tokenising_milliseconds,
         "transfer": found.transfer_milliseconds,
     }
     slowest = max(stages, key=lambda name: stages[name])
@@ -94,18 +93,17 @@ def verdict(found: Examination, config: Config, batch: int) -> str:
 def report(found: Examination, config: Config, batch: int) -> str:
     """The measurements as a table, and the verdict."""
     rows = {
-        "reading, shards not in memory": found.cold_milliseconds,
-        "reading, shards in memory": found.loader.reading_milliseconds,
+        "reading and tokenising, not in memory": found.cold_milliseconds,
+        "reading and tokenising, in memory": found.loader.reading_milliseconds,
         "decoding and augmentation": found.loader.decoding_milliseconds,
-        "tokenising": found.loader.tokenising_milliseconds,
         "transfer of the pixels": found.transfer_milliseconds,
         "loader as a whole": found.loader.batch_milliseconds,
         "step on synthetic data": 1000 * batch / found.synthetic_clips_per_second,
         "step on cached data": 1000 * batch / found.cached_clips_per_second,
         "step on real data": 1000 * batch / found.real_clips_per_second,
     }
-    lines = [f"{'':<32}{'ms a batch':>12}{'clips/s':>10}"]
-    lines += [f"{name:<32}{ms:>12.2f}{1000 * batch / ms:>10.0f}" for name, ms in rows.items() if ms]
+    lines = [f"{'':<40}{'ms a batch':>12}{'clips/s':>10}"]
+    lines += [f"{name:<40}{ms:>12.2f}{1000 * batch / ms:>10.0f}" for name, ms in rows.items() if ms]
     return "\n".join([*lines, "", verdict(found, config, batch)])
 
 
@@ -129,8 +127,6 @@ def _remedy(stage: str, found: Examination, config: Config, batch: int) -> str:
             f"Raise data.threads from {config.data.threads}, install DALI where it is missing, or prepare "
             "smaller frames (launch/prepare.py --short-side)."
         )
-    if stage == "tokenising":
-        return f"Lower data.caption_tokens from {config.data.caption_tokens}."
     return "The link to the GPU is slow: see `nvidia-smi topo -m`, and whether its slot runs at full width."
 
 

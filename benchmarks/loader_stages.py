@@ -18,16 +18,16 @@ from miles_fast.data.batches import Quarantine
 from miles_fast.data.clips import Clip
 from miles_fast.data.loader import AHEAD, Loader
 from miles_fast.data.order import Share
-from miles_fast.data.reading import ReadingPool, answer
+from miles_fast.data.reading import ReadingPool
 from miles_fast.data.videos import EncodedVideo
-from miles_fast.models.text_encoder import encode_captions, load_tokenizer
+from miles_fast.models.text_encoder import load_tokenizer
 
 WARMUP = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderFigures:
-    """Rates of the whole loader, and milliseconds a batch of each stage running alone.
+    """Rates of the whole loader, and milliseconds a batch of each stage running alone; reading tokenises too.
 
     `growth_mib_per_thousand` is how much resident memory, reading processes included, a thousand batches add.
     `batch_bytes` are the frames' bytes as they are read (JPEG, or pixels of decoded videos), `takes` says
@@ -40,7 +40,6 @@ class LoaderFigures:
     batch_milliseconds: float
     reading_milliseconds: float
     decoding_milliseconds: float
-    tokenising_milliseconds: float
     growth_mib_per_thousand: float
     batch_bytes: int
     takes: str
@@ -70,12 +69,7 @@ def measure_loader(config: Config, batch: int, batches: int, device: torch.devic
         growth = (_resident_bytes() - before) / 2**20 / (batches + WARMUP) * 1000
     reading = time_reading(loader, config.data.decode_workers, batches)
     request = loader.request(0)
-    clips = [clip for clip, _ in answer(loader.shard_sets, request)]
-    tokenizer = load_tokenizer(config.model.text.tokenizer_source)
-    captions = [clip.caption for clip in clips]
-    tokenising = _milliseconds(
-        lambda: encode_captions(tokenizer, captions, config.data.caption_tokens), batches
-    )
+    clips = [clip for clip, _ in loader.reader.answer(request)]
     batch_bytes = sum(_frame_bytes(clip) for clip in clips)
     per_second = 1000 / whole
     return LoaderFigures(
@@ -85,7 +79,6 @@ def measure_loader(config: Config, batch: int, batches: int, device: torch.devic
         batch_milliseconds=whole,
         reading_milliseconds=reading,
         decoding_milliseconds=_time_decoding(config, clips, request.draw.takes, device, batches),
-        tokenising_milliseconds=tokenising,
         growth_mib_per_thousand=growth,
         batch_bytes=batch_bytes,
         takes=request.draw.takes,
@@ -109,7 +102,7 @@ def time_reading(
     before: Callable[[], None] = lambda: None,
 ) -> float:
     """Milliseconds a batch of the reading processes alone; `before` is called when they have started."""
-    with contextlib.closing(ReadingPool(loader.shard_sets, workers)) as pool:
+    with contextlib.closing(ReadingPool(loader.reader, workers)) as pool:
         for started in [pool.call(int) for _ in range(workers)]:
             started.collect()
             started.release()

@@ -1,8 +1,15 @@
-"""Throughput of one machine, as a table: the loader alone, or whole training steps fed by it.
+"""Throughput of one machine, as tables: the encoder, whole training steps, the loader, or all three.
 
-python benchmarks/throughput.py loader [--config FILE] [section.key=value ...]
-python benchmarks/throughput.py step   [--config FILE] [section.key=value ...]
-python benchmarks/throughput.py doctor [--config FILE] [section.key=value ...]   what holds a run back
+python benchmarks/throughput.py model   the video encoder, forward and backward
+python benchmarks/throughput.py step    whole steps fed by the loader; [--ablate | --alone | --profile N]
+python benchmarks/throughput.py loader  the loader and its stages; [--videos TAR ...]
+python benchmarks/throughput.py all     the three of them; [--report PAGE.html]
+python benchmarks/throughput.py doctor  what holds a run back, and what removes it
+python benchmarks/throughput.py decoders --videos TAR ...   the loader by layout and decoder
+python benchmarks/throughput.py spoiled                     the loader where samples are unusable
+
+Each stands beside what people would otherwise use, measured in the same run. Any config: [--config FILE]
+[--ds_config FILE] [section.key=value ...].
 """
 
 from __future__ import annotations
@@ -10,16 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import model_speed
 import torch
+import variants
 from doctor import examine, report
+from loader_inputs import time_decoders, time_spoiled
 from loader_rivals import clips_per_second, torch_dataloader, webdataset_pillow
 from loader_stages import WARMUP, measure_loader
+from result_page import write_page
 from step_parts import host_table, parts_of, table
 
 from miles_fast.config import Config, load_config
@@ -27,108 +38,158 @@ from miles_fast.data.demo import prepare_demo
 from miles_fast.data.shards import expand_shards
 from miles_fast.data.sources import open_shards
 from miles_fast.distributed import configure_logging
-from miles_fast.training.engine import init_process_group, read_ds_config
+from miles_fast.training.engine import EngineSettings, init_process_group, read_ds_config
 from miles_fast.training.loop import pretrain
-from miles_fast.training.progress import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def time_loader(
-    config: Config, batch: int, batches: int, videos: list[str], rival_seconds: float
-) -> dict[str, Any]:
-    """The loader, its stages, and what people would otherwise use, on this machine and these shards."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    shards, workers = open_shards(config.data.train[0], config.data), config.data.decode_workers
-    rivals = {}
-    if shards.cache is None and shards[0].layout() == "frames":  # the rivals read local files
-        rivals["webdataset_pillow"] = webdataset_pillow(shards.paths, config, batch, workers)
-    if videos:
-        rivals["torch_dataloader_pyav"] = torch_dataloader(expand_shards(videos), config, batch, workers)
-    figures = asdict(measure_loader(config, batch, batches, device))
-    for name, rival in rivals.items():
-        figures[f"{name}_clips_per_second"] = clips_per_second(rival, batch, rival_seconds)
-    return figures
+def time_model(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """Rows of the encoder."""
+    rows = model_speed.measure_encoder(config, settings.batch, options.batches, _device())
+    print(model_speed.table(rows))
+    return model_speed.as_json(rows)
 
 
-def measure_step(config: Config, settings: Any) -> dict[str, Any]:
-    """Medians over the run's log records after the warm-up: a real training run, its checkpoint included."""
-    pretrain(config, settings)
-    records = [r for r in read_log(Path(config.run.folder)) if "loss" in r and r["step"] > WARMUP]
-    names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
-    return {n: statistics.median(r[n] for r in records) for n in names if all(n in r for r in records)}
-
-
-def profile_step(config: Config, settings: Any, num_steps: int) -> dict[str, Any]:
-    """Milliseconds of GPU time by part over the last steps; prints the longest kernels of each."""
-    schedule = torch.profiler.schedule(
-        wait=0, warmup=config.run.steps - num_steps, active=num_steps, repeat=1
+def time_step(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """Rows of whole steps: real training runs, their checkpoint included."""
+    init_process_group()
+    chosen = [variants.CONFIGURED]
+    if not options.alone:
+        chosen += variants.ABLATIONS if options.ablate else variants.BASELINES
+    tree = json.loads(Path(options.ds_config).read_text())
+    rows = variants.measure_variants(
+        chosen, options.config, options.overrides, tree, options.batches + WARMUP
     )
-    with torch.profiler.profile(schedule=schedule, acc_events=True) as profile:
-        # In-loop evaluation is the one thing that is called after every step.
-        pretrain(config, settings, evaluate=lambda *_: profile.step() or {})
+    print(variants.table(rows))
+    return variants.as_json(rows)
+
+
+def profile_step(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """Milliseconds of GPU time by part over the last steps; prints the longest kernels of each."""
+    init_process_group()
+    num_steps = options.profile
+    steps = options.batches + WARMUP + num_steps
+    with tempfile.TemporaryDirectory() as folder:
+        run = [f"run.steps={steps}", f"run.folder={folder}/run", "run.log_every=5", "run.evaluate_every=1"]
+        config = load_config(options.config, [*options.overrides, *run])
+        settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
+        schedule = torch.profiler.schedule(wait=0, warmup=steps - num_steps, active=num_steps, repeat=1)
+        with torch.profiler.profile(schedule=schedule, acc_events=True) as profile:
+            # In-loop evaluation is the one thing that is called after every step.
+            pretrain(config, settings, evaluate=lambda *_: profile.step() or {})
     parts = parts_of(profile, num_steps)
     print(table(parts))
     print(host_table(profile, num_steps))
-    return {f"{part.name} ms": part.milliseconds for part in parts}
+    return {part.name: part.milliseconds for part in parts}
+
+
+def time_loader(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """The loader, its stages, and what people would otherwise use, on this machine and these shards."""
+    shards, workers = open_shards(config.data.train[0], config.data), config.data.decode_workers
+    rivals = {}
+    if shards.cache is None and shards[0].layout() == "frames":  # the rivals read local files
+        rivals["webdataset_pillow"] = webdataset_pillow(shards.paths, config, settings.batch, workers)
+    if options.videos:
+        videos = expand_shards(options.videos)
+        rivals["torch_dataloader_pyav"] = torch_dataloader(videos, config, settings.batch, workers)
+    figures = asdict(measure_loader(config, settings.batch, options.batches, _device()))
+    for name, rival in rivals.items():
+        figures[f"{name}_clips_per_second"] = clips_per_second(rival, settings.batch, options.rival_seconds)
+    return _printed(figures)
+
+
+def diagnose(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """The doctor's measurements and verdict."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = [f"run.steps={options.batches + WARMUP}", f"run.folder={folder}/run", "run.log_every=5"]
+        config = load_config(options.config, [*options.overrides, *run])
+        settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
+        found = examine(config, settings, options.batches, init_process_group())
+    print(report(found, config, settings.batch))
+    return asdict(found)
+
+
+def compare_decoders(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """The loader by layout and decoder."""
+    if not options.videos:
+        raise SystemExit("decoders compares decoders on mp4 shards: --videos 'DIR/*.tar'")
+    with tempfile.TemporaryDirectory() as folder:
+        kept = options.prepared or Path(folder)
+        return _printed(
+            time_decoders(config, settings.batch, options.batches, options.videos, kept, _device())
+        )
+
+
+def spoil(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """The loader where a share of the samples is unusable."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _printed(time_spoiled(config, settings.batch, options.batches, Path(folder), _device()))
+
+
+PROGRAMS: dict[str, Callable[..., Any]] = {
+    "model": time_model,
+    "step": time_step,
+    "loader": time_loader,
+    "doctor": diagnose,
+    "decoders": compare_decoders,
+    "spoiled": spoil,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["loader", "step", "doctor"])
+    parser.add_argument("what", choices=[*PROGRAMS, "all"])
     parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
     parser.add_argument("--ds_config", default=str(ROOT / "ds.json"))
-    parser.add_argument("--batches", type=int, default=50, help="batches of the loader, and steps")
+    parser.add_argument("--batches", type=int, default=50, help="batches, passes or steps that are timed")
     parser.add_argument(
-        "--videos", nargs="+", default=[], metavar="TAR", help="loader: mp4 shards for torch's DataLoader"
+        "--videos",
+        nargs="+",
+        default=[],
+        metavar="TAR",
+        help="mp4 shards: loader gives them to torch's DataLoader, decoders prepares them in each way",
     )
+    parser.add_argument("--prepared", type=Path, metavar="DIR", help="decoders: keep what is prepared here")
     parser.add_argument("--rival-seconds", type=float, default=10.0, help="loader: time for each rival")
-    parser.add_argument(
-        "--profile",
-        type=int,
-        default=0,
-        metavar="STEPS",
-        help="step: no timing, but what the last STEPS consist of",
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument("--alone", action="store_true", help="step: nothing beside it")
+    beside.add_argument("--ablate", action="store_true", help="step: each optimisation switched off in turn")
+    beside.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="step: what the last STEPS consist of instead"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--report", type=Path, metavar="PAGE", help="also draw them on a html page")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     configure_logging()
-    with tempfile.TemporaryDirectory() as folder:
-        steps = options.batches + WARMUP + options.profile
-        run = [f"run.steps={steps}", f"run.folder={folder}/run", "run.log_every=5"]
-        if options.profile:
-            run.append("run.evaluate_every=1")
-        config = load_config(options.config, [*options.overrides, *run])
-        settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
-        if config.data.demo_corpus:
-            prepare_demo(Path(config.data.demo_corpus))
-        if options.what == "loader":
-            figures = time_loader(
-                config, settings.batch, options.batches, options.videos, options.rival_seconds
-            )
-        elif options.what == "doctor":
-            found = examine(config, settings, options.batches, init_process_group())
-            print(report(found, config, settings.batch))
-            figures = asdict(found)
-        else:
-            init_process_group()
-            figures = (
-                profile_step(config, settings, options.profile)
-                if options.profile
-                else measure_step(config, settings)
-            )
+    config = load_config(options.config, options.overrides)
+    settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
+    if config.data.demo_corpus:
+        prepare_demo(Path(config.data.demo_corpus))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    head = {"machine": machine, "torch": torch.__version__, "batch": settings.batch}
     print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}")
-    if options.what != "doctor":  # which has printed a table of its own
-        for name, value in figures.items():
-            print(f"{name:<40}" + (f"{value:>12.3f}" if isinstance(value, int | float) else f"{value:>12}"))
+    figures = {}
+    for name in ("model", "step", "loader") if options.what == "all" else (options.what,):
+        run = profile_step if name == "step" and options.profile else PROGRAMS[name]
+        figures["parts" if run is profile_step else name] = run(config, settings, options)
     if options.json:
-        options.json.write_text(
-            json.dumps({"machine": machine, "batch": settings.batch, **figures}, indent=2) + "\n"
-        )
+        options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n")
+    if options.report:
+        write_page(options.report, head, figures)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _printed(figures: dict[str, Any]) -> dict[str, Any]:
+    for name, value in figures.items():
+        print(f"{name:<40}" + (f"{value:>12.3f}" if isinstance(value, int | float) else f"{value:>12}"))
+    return figures
 
 
 if __name__ == "__main__":

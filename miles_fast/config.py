@@ -141,7 +141,7 @@ class ModelConfig:
     text: TextEncoderConfig
     video: VideoEncoderConfig = Field(default_factory=VideoEncoderConfig)
     embedding: int = Field(default=256, ge=1)
-    attention: Literal["auto", "triton", "sdpa", "flash", "reference"] = "auto"
+    attention: Literal["auto", "triton", "sdpa", "flash", "eager", "reference"] = "auto"
 
 
 @dataclass(**_OPTIONS)

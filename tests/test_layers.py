@@ -19,7 +19,7 @@ OPTIONAL = {
     "transformers": 4,
     "s3fs": 1,
     "botocore": 1,
-    "aiohttp": 2,
+    "aiohttp": 1,
     "onnx": 1,
     "onnxruntime": 1,
     "faiss": 1,

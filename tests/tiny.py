@@ -10,7 +10,7 @@ import webdataset
 from PIL import Image
 
 from miles_fast.config import Config, parse_config
-from miles_fast.data.captions import build_vocabulary
+from miles_fast.data.vocabulary import build_vocabulary
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 NOUNS = ("dog", "cat", "tree", "car", "boat")

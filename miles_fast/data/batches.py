@@ -1,4 +1,4 @@
-"""Batches: clips to device tensors, captions to tokens, and the record of samples that could not be used."""
+"""Batches: clips to device tensors, and the record of samples that could not be used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from miles_fast.data.augmentation import Augmentation, HardwareDecodeError, buil
 from miles_fast.data.clips import BadSample, Clip, Input
 from miles_fast.data.shards import ShardError
 from miles_fast.distributed import logger
-from miles_fast.models.text_encoder import encode_captions
 
 ENOUGH_SAMPLES = 1000  # before that a share says little
 
@@ -33,6 +31,12 @@ class Batch:
     attention_BL: Tensor
     masked_BM: Tensor | None
     keys: tuple[str, ...]
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the tensors' memory until work queued on `stream` by then is done."""
+        for tensor in (self.video_BTCHW, self.token_ids_BL, self.attention_BL, self.masked_BM):
+            if tensor is not None:
+                tensor.record_stream(stream)
 
 
 class Quarantine:
@@ -78,7 +82,7 @@ class Decoding:
 
     takes: Input
     keys: tuple[str, ...]
-    captions: tuple[Tensor, Tensor]
+    tokens_B2L: Tensor
     masks: Tensor | None
     read_again: Callable[[], Sequence[Clip]]
 
@@ -86,10 +90,8 @@ class Decoding:
 class BatchFinisher:
     """Clips to device tensors; two batches are decoded while the next is read, one graph a kind of input."""
 
-    def __init__(
-        self, data: DataConfig, image_size: int, tokenizer: Any, batch: int, device: torch.device
-    ) -> None:
-        self._data, self._image_size, self._tokenizer = data, image_size, tokenizer
+    def __init__(self, data: DataConfig, image_size: int, batch: int, device: torch.device) -> None:
+        self._data, self._image_size = data, image_size
         self._batch, self._device = batch, device
         self._graphs: dict[Input, Augmentation] = {}
         self._pending: deque[Decoding] = deque()
@@ -113,7 +115,7 @@ class BatchFinisher:
             Decoding(
                 takes=takes,
                 keys=tuple(clip.key for clip in clips),
-                captions=self._tokens(clips),
+                tokens_B2L=_tokens(clips),
                 masks=torch.from_numpy(masks) if masks is not None else None,
                 read_again=read_again,
             )
@@ -134,7 +136,7 @@ class BatchFinisher:
         """The batch that was queued first, unless nothing of it can be read."""
         pending = self._pending.popleft()
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            keys, captions = pending.keys, pending.captions
+            keys, tokens_B2L = pending.keys, pending.tokens_B2L
             try:
                 video = self._graph(pending.takes).collect()
             except HardwareDecodeError as error:
@@ -144,11 +146,11 @@ class BatchFinisher:
                     return
                 graph = self._graph("pixels")
                 graph.submit([clip.frames for clip in clips], [clip.view for clip in clips])
-                video, keys, captions = graph.collect(), tuple(c.key for c in clips), self._tokens(clips)
-            ids, attention, masks = (
-                tensor if tensor is None else tensor.to(self._device, non_blocking=True)
-                for tensor in (*captions, pending.masks)
-            )
+                video, keys, tokens_B2L = graph.collect(), tuple(c.key for c in clips), _tokens(clips)
+            ids, attention = tokens_B2L.to(self._device, non_blocking=True).unbind(1)
+            masks = pending.masks
+            if masks is not None:
+                masks = masks.to(self._device, non_blocking=True)
             if self._stream:
                 self._stream.synchronize()
         yield Batch(video_BTCHW=video, token_ids_BL=ids, attention_BL=attention, masked_BM=masks, keys=keys)
@@ -166,7 +168,6 @@ class BatchFinisher:
             )
         return self._graphs[takes]
 
-    def _tokens(self, clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
-        captions = [clip.caption for clip in clips]
-        ids, attention = encode_captions(self._tokenizer, captions, self._data.caption_tokens)
-        return torch.from_numpy(ids), torch.from_numpy(attention)
+
+def _tokens(clips: Sequence[Clip]) -> Tensor:
+    return torch.from_numpy(np.stack([clip.tokens for clip in clips]))

@@ -23,11 +23,12 @@ class ClipListError(ValueError):
 def read_captions(path: Path, column: str | None = None) -> dict[tuple[str, ...], list[str]]:
     """Captions of each clip, by the names that its file may have (the first one found is it), in file order.
 
-    Read are: csv and tsv whose header has one of file, path, video, videoid, video_id, name, and `caption`;
-    WebVid's csv (videoid, page_dir and, as the caption, name); CC3M's tsv without a header (caption, then url
-    or path); MiraData's csv, with one of its caption columns named; json lists of {video | file | path | ...,
-    caption: text or list of texts} (MSR-VTT, MSVD), the same in lines (jsonl), json objects {file: text or
-    list or {caption: ..., ...}} (Panda-70M), and MSR-VTT's first form {sentences: [{video_id, caption}]}.
+    Read are: csv and tsv whose header has one of file, path, video, videoid, index, video_id, name, and
+    `caption` or `captions`; WebVid's csv (videoid, page_dir and, as the caption, name); CC3M's tsv without a
+    header (caption, then url or path); MiraData's csv, with one of its caption columns named; json lists of
+    {video | file | path | ..., caption: text or list of texts} (MSR-VTT, MSVD), the same in lines (jsonl),
+    json objects {file: text or list or {caption: ..., ...}} (Panda-70M), and MSR-VTT's first form
+    {sentences: [{video_id, caption}]}.
     `column` names the caption's column or key. Entries of one clip are joined. Raises ClipListError.
     """
     found: dict[tuple[str, ...], list[str]] = {}

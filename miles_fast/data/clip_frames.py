@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -76,13 +75,8 @@ def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]
     }
     if info.pixel_aspect != 1:
         record["source"]["pixel_aspect"] = f"{info.pixel_aspect.numerator}:{info.pixel_aspect.denominator}"
-    if len(clip.captions) > 1:
-        record["captions"] = list(clip.captions)
     digits = max(2, len(str(most - 1)))
-    members = {f"{number:0{digits}d}.jpg": jpeg for number, jpeg in enumerate(jpegs)}
-    members["txt"] = clip.captions[0].encode("utf-8", "replace")
-    members["json"] = json.dumps(record, sort_keys=True).encode()
-    return members
+    return {f"{number:0{digits}d}.jpg": jpeg for number, jpeg in enumerate(jpegs)} | clip.texts(record)
 
 
 def _pictures(clip: Clip, choose: Callable[[int], np.ndarray]) -> tuple[list[Image.Image], ClipInfo]:

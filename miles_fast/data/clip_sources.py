@@ -1,4 +1,4 @@
-"""Where preparation finds clips: tars in any layout, or a folder with a caption file. Both are picklable."""
+"""Where preparation finds clips at hand: tars in any layout, or a folder with a caption file; picklable."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ class Clip:
     name: str
     crop: tuple[int, int] | None = None
 
+    def texts(self, record: dict) -> dict[str, bytes]:
+        """Members txt (the first caption) and json: the record, and all captions where there are several."""
+        if len(self.captions) > 1:
+            record = record | {"captions": list(self.captions)}
+        return {
+            "txt": self.captions[0].encode("utf-8", "replace"),
+            "json": json.dumps(record, sort_keys=True).encode(),
+        }
+
 
 def safe_key(name: str) -> str:
     """A WebDataset key for a name: no dots, no white space, short enough for a tar header."""
@@ -59,7 +68,7 @@ def distinct_keys(source: TarSource | FolderSource, num_samples: int) -> list[st
 
 @dataclass(frozen=True)
 class TarSource:
-    """Clips of WebDataset tars."""
+    """Clips of WebDataset tars on this machine."""
 
     shards: ShardSet
 
@@ -86,10 +95,10 @@ class TarSource:
 
     def load(self, sample: int) -> Clip:
         found = self.shards[sample]
-        video, pictures, crop = None, (), None
-        captions = tuple(found.captions(every=True))
+        video, pictures, crop, record = None, (), None, found.record()
+        captions = tuple(found.captions(every=True, record=record))
         if found.layout() == "video":
-            video, crop = found.read(found.video_extension()), found.crop(found.record())
+            video, crop = found.read(found.video_extension()), found.crop(record)
         else:
             pictures = tuple(found.read(extension) for extension in found.frame_extensions())
         source = {"shard": found.shard.name}

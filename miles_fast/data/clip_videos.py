@@ -8,7 +8,6 @@ coded.
 from __future__ import annotations
 
 import io
-import json
 import zlib
 from dataclasses import dataclass
 from fractions import Fraction
@@ -80,13 +79,7 @@ def encode_video(key: str, clip: Clip, options: VideoOptions) -> dict[str, bytes
     }
     if made.crop is not None:
         record["crop"] = list(made.crop)
-    if len(clip.captions) > 1:
-        record["captions"] = list(clip.captions)
-    return {
-        "mp4": made.data,
-        "txt": clip.captions[0].encode("utf-8", "replace"),
-        "json": json.dumps(record, sort_keys=True).encode(),
-    }
+    return {"mp4": made.data, **clip.texts(record)}
 
 
 def _remux(clip: Clip) -> _Video:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from miles_fast.data.frame_headers import check_complete, frame_size
 from miles_fast.data.order import Draw, substitute
 from miles_fast.data.sampling import View, evaluation_view, sample_stream, segment_frames, training_view
 from miles_fast.data.shards import Sample, SampleError, ShardError, ShardSet
@@ -39,12 +39,16 @@ class ClipDraw:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A sample as drawn: its frames, their view, one caption, its key."""
+    """A sample as drawn: its frames, their view, one caption, its key.
+
+    `tokens` are the caption's ids and attention mask, (2, L) int64, where a Reader has read the clip.
+    """
 
     frames: Frames
     view: View
     caption: str
     key: str
+    tokens: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,39 +156,14 @@ def _read_images(
     checksums = record.get("crc32")
     if not (isinstance(checksums, list) and len(checksums) == len(extensions)):
         checksums = None
-    data = {}
+    data, sizes = {}, []
     for number in dict.fromkeys(chosen):
+        name = f"{sample}.{extensions[number]}"
         data[number] = sample.read(extensions[number])
         if checksums is None:
-            _check_complete(data[number], f"{sample}.{extensions[number]}")
+            check_complete(data[number], name)
         elif zlib.crc32(data[number]) != checksums[number]:
-            raise SampleError(
-                f"{sample}.{extensions[number]}: bytes differ from the checksum in KEY.json", "wrong checksum"
-            )
-    width, height = record.get("width"), record.get("height")
-    if checksums is None or not isinstance(width, int) or not isinstance(height, int):
-        width, height = _image_size(data[chosen[0]], str(sample))
+            raise SampleError(f"{name}: bytes differ from the checksum in KEY.json", "wrong checksum")
+        sizes.append(frame_size(data[number], name))
+    width, height = sizes[0]
     return [np.frombuffer(data[number], np.uint8) for number in chosen], height, width
-
-
-def _check_complete(data: bytes, name: str) -> None:
-    """Refuse what DALI would decode to a damaged picture, or die of: not an image, or cut off."""
-    if data[:2] == b"\xff\xd8":
-        if b"\xff\xd9" not in data[-64:]:
-            raise SampleError(f"{name}: JPEG ends before its end marker", "truncated")
-    else:
-        _image_size(data, name, verify=True)
-
-
-def _image_size(data: bytes, name: str, verify: bool = False) -> tuple[int, int]:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if verify:
-                image.verify()
-            return image.size
-    except Image.DecompressionBombError as error:
-        raise SampleError(f"{name}: {error}", "too large") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SampleError(f"{name}: not a readable image ({error})", "not decodable") from error

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from miles_fast.data.frame_headers import MAX_FRAME_PIXELS, check_pixels
 from miles_fast.data.shards import SampleError
 from miles_fast.data.tone_map import refuse_dolby, refuse_hdr
 from miles_fast.data.video_track import Track, read_packets, video_stream
 
 # Only containers that hold their media themselves: a playlist (HLS, concat) could name any file or address.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg"
-_MAX_PIXELS = 8192 * 8192
 # A jump to a key frame refills the decoder's reorder delay; below this many frames it is cheaper to decode
 # on.
 _JUMP_FRAMES = 4
@@ -42,8 +42,8 @@ def stream_and_track(container, allow_hdr: bool, name: str) -> tuple[Any, Track]
     """The video stream of an opened file and its packets. Raises SampleError."""
     stream = video_stream(container, name)
     context = stream.codec_context
-    if context.width * context.height > _MAX_PIXELS:
-        raise SampleError(f"{name}: frames of {context.width}x{context.height} pixels", "frame too large")
+    check_pixels(context.width, context.height, name)
+    context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # what the stream itself may say later on
     refuse_hdr(context.color_trc, allow_hdr, name)
     refuse_dolby(context.codec_tag.lower(), name)
     return stream, Track(read_packets(container, stream, name))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from miles_fast.data.captions import build_vocabulary
 from miles_fast.data.demo_corpus import Recipe, build_demo_corpus
 from miles_fast.data.preparation import PreparationOptions, prepare
 from miles_fast.data.shards import ShardSet
+from miles_fast.data.vocabulary import build_vocabulary
 
 
 def prepare_demo(root: Path, recipe: Recipe | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar
 from miles_fast.data.http_files import describe_http, described, http_pieces, respond
 from miles_fast.data.locations import Access, shown
 from miles_fast.data.remote_file import RemoteFile
-from miles_fast.data.s3_files import describe_s3, pieces_s3
+from miles_fast.data.s3_files import describe_s3, matches_s3, pieces_s3
 from miles_fast.data.shard_index import ShardError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,11 @@ def read_small(url: str, access: Access, limit: int) -> bytes:
             return b"".join(http_pieces(file, response, access))
 
     return _retry(url, access, attempt)
+
+
+def matching(pattern: str, access: Access) -> list[str]:
+    """URLs that a pattern on s3 matches. Raises as `describe`."""
+    return _retry(pattern, access, lambda: matches_s3(pattern, access))
 
 
 def download(file: RemoteFile, out: BinaryIO, access: Access, stop: threading.Event | None = None) -> None:
@@ -92,10 +97,10 @@ def _retry(
             ) from error
         except (OSError, http.client.HTTPException) as error:
             last = error
+    more = ", or raise data.download_attempts and data.download_timeout_seconds"
     raise ShardError(
         f"{shown(url)}: {access.attempts} attempts failed, the last with {type(last).__name__}: {last}; "
-        "check the server and the network (proxies are not used), or raise data.download_attempts and "
-        "data.download_timeout_seconds"
+        f"check the server and the network (proxies are not used){'' if access.typed else more}"
     ) from last
 
 
@@ -122,6 +127,6 @@ def _write(file: RemoteFile, pieces: Iterator[bytes], out: BinaryIO, stop: threa
             out.write(piece)
         except OSError as error:
             raise ShardError(
-                f"{file}: cannot be written into the cache ({error.strerror}); lower data.cache_gib, or name "
+                f"{file}: cannot be written ({error.strerror}); make room, or lower data.cache_gib, or name "
                 "another data.cache_folder"
             ) from error

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from urllib.parse import urljoin, urlsplit
 
-from miles_fast.data.locations import Access, Location, check_addresses, check_url, shown
+from miles_fast.data.locations import Access, Location, check_addresses, check_redirect, check_url, shown
 from miles_fast.data.remote_file import MissingError, RemoteFile
 from miles_fast.data.shard_index import ShardError
 
@@ -70,11 +70,11 @@ def respond(url: str, method: str, access: Access) -> Iterator[http.client.HTTPR
     """The server's answer with the file, after at most 5 redirects, each checked as the URL itself was."""
     here = url
     for _ in range(MAX_REDIRECTS + 1):
-        place = _check_hop(url, here, access)
+        place, may = _check_hop(url, here, access)
         kind = _Encrypted if place.scheme == "https" else _Plain
         connection = kind(place.host, place.port, timeout=access.timeout_seconds)
         try:
-            connection.open_to(here, access)
+            connection.open_to(here, may)
             parts = urlsplit(here)
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             headers = {"Accept-Encoding": "identity", "User-Agent": "miles-fast"}
@@ -90,14 +90,16 @@ def respond(url: str, method: str, access: Access) -> Iterator[http.client.HTTPR
     raise ShardError(f"{shown(url)}: more than {MAX_REDIRECTS} redirects; name the file's own URL")
 
 
-def _check_hop(url: str, here: str, access: Access) -> Location:
+def _check_hop(url: str, here: str, access: Access) -> tuple[Location, Access]:
+    if here == url:
+        return check_url(url, access), access
     try:
-        place = check_url(here, access)
+        place, may = check_redirect(here, access)
     except ShardError as error:
-        raise error if here == url else ShardError(f"{shown(url)} redirects to {error}") from error
+        raise ShardError(f"{shown(url)} redirects to {error}") from error
     if place.scheme == "s3":
         raise ShardError(f"{shown(url)} redirects to {shown(here)}; name that one as the shard")
-    return place
+    return place, may
 
 
 def _check_status(url: str, response: http.client.HTTPResponse) -> None:

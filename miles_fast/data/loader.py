@@ -19,10 +19,11 @@ from miles_fast.data.batches import Batch, BatchFinisher, Quarantine
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, Input
 from miles_fast.data.mixture import Mixture
 from miles_fast.data.order import Share
-from miles_fast.data.prefetch import WindowPrefetcher, check_room
-from miles_fast.data.reading import Pending, ReadingPool, Request, answer
+from miles_fast.data.prefetch import SequentialPrefetcher, WindowPrefetcher, check_room
+from miles_fast.data.reading import Pending, Reader, ReadingPool, Request
 from miles_fast.data.shards import SampleError, ShardError, ShardSet
 from miles_fast.data.sources import open_shards, order_of
+from miles_fast.models.caption_tokens import CaptionEncoder
 
 AHEAD = 2  # batches being read while one is handed over
 
@@ -47,6 +48,9 @@ class Loader:
         It is called in a reading process, and must therefore be picklable.
         """
         self.shard_sets = [open_shards(source, data) for source in data.train]
+        self.reader = Reader(
+            shard_sets=self.shard_sets, encode=CaptionEncoder(tokenizer, data.caption_tokens)
+        )
         self._orders = [
             order_of(shards, data, seed + source) for source, shards in enumerate(self.shard_sets)
         ]
@@ -62,7 +66,7 @@ class Loader:
             for shards, source in zip(self.shard_sets, data.train, strict=True)
         ]
         self.share, self.quarantine, self._draw_masks = share, quarantine, draw_masks
-        self._finish = BatchFinisher(data, image_size, tokenizer, share.batch, device)
+        self._finish = BatchFinisher(data, image_size, share.batch, device)
         self._prefetch = data.prefetch_batches
         self._num_workers = data.decode_workers
 
@@ -75,7 +79,7 @@ class Loader:
         micro_step = first_step * self.share.accumulation
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
-            pool = stack.enter_context(contextlib.closing(ReadingPool(self.shard_sets, self._num_workers)))
+            pool = stack.enter_context(contextlib.closing(ReadingPool(self.reader, self._num_workers)))
             windows = WindowPrefetcher(self.shard_sets, self._orders, AHEAD + 1)
             stack.enter_context(contextlib.closing(windows))
             while True:
@@ -111,7 +115,7 @@ class Loader:
         return start, start + self.share.global_batch - 1
 
     def _read_here(self, request: Request) -> list[Clip]:
-        return self._accept(answer(self.shard_sets, _by_cpu(request)))
+        return self._accept(self.reader.answer(_by_cpu(request)))
 
     def _accept(self, answers: list[tuple[Clip, list[BadSample]]]) -> list[Clip]:
         for _, bad in answers:
@@ -136,12 +140,20 @@ class EvaluationLoader:
         self.name = source.name
         self._shards = open_shards(source, data)
         takes = _input(self._shards, source, data, device)
+        self._reader = Reader(
+            shard_sets=[self._shards], encode=CaptionEncoder(tokenizer, data.caption_tokens)
+        )
         self._draw = ClipDraw(num_frames=data.frames_per_clip, takes=takes)
-        self._finish = BatchFinisher(data, image_size, tokenizer, batch, device)
+        self._finish = BatchFinisher(data, image_size, batch, device)
         self._batch, self._num_workers = batch, data.decode_workers
 
     def __len__(self) -> int:
         return len(self._shards)
+
+    @property
+    def shards(self) -> ShardSet:
+        """Where the samples are, by number: their keys and captions."""
+        return self._shards
 
     def batches(self, quarantine: Quarantine, samples: range | None = None) -> Iterator[Batch]:
         """Batches of `samples` (default: all); unreadable ones are counted and left out, never scored as
@@ -150,10 +162,13 @@ class EvaluationLoader:
         coming: deque[tuple[Request, Pending]] = deque()
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
-            pool = stack.enter_context(contextlib.closing(ReadingPool([self._shards], self._num_workers)))
+            pool = stack.enter_context(contextlib.closing(ReadingPool(self._reader, self._num_workers)))
+            ahead = SequentialPrefetcher(self._shards, samples, AHEAD + 1)
+            stack.enter_context(contextlib.closing(ahead))
             for start in range(0, len(samples) + AHEAD * self._batch, self._batch):
                 items = tuple(samples[start : start + self._batch])
                 if items:
+                    ahead.coming(items[0], items[-1])
                     request = Request(source=0, draw=self._draw, items=items, seed=None)
                     coming.append((request, pool.submit(request)))
                 if coming and (len(coming) > AHEAD or not items):
@@ -162,7 +177,7 @@ class EvaluationLoader:
 
     def _finish_next(self, request: Request, pending: Pending, quarantine: Quarantine) -> Iterator[Batch]:
         def read_here() -> list[Clip]:
-            return _readable(answer([self._shards], _by_cpu(request)), quarantine)
+            return _readable(self._reader.answer(_by_cpu(request)), quarantine)
 
         clips = _readable(pending.collect(), quarantine)
         if clips:
@@ -198,6 +213,7 @@ def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[
     """Run a generator on its own thread, at most `depth` items ahead; its errors are raised here."""
     items: queue.Queue[Batch | BaseException] = queue.Queue(depth)
     stop = threading.Event()
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
     def put(item: Batch | BaseException) -> None:
         while not stop.is_set():
@@ -209,6 +225,9 @@ def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[
         try:
             with contextlib.closing(make):
                 for item in make:
+                    if item.video_BTCHW.is_cuda:
+                        # Here and not where the batch is used: there each call would hand the GIL over.
+                        item.record_stream(stream)
                     put(item)
                     if stop.is_set():
                         return
@@ -222,10 +241,6 @@ def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[
             item = items.get()
             if isinstance(item, BaseException):
                 raise item
-            if item.video_BTCHW.is_cuda:
-                for tensor in (item.video_BTCHW, item.token_ids_BL, item.attention_BL, item.masked_BM):
-                    if tensor is not None:
-                        tensor.record_stream(torch.cuda.current_stream())
             yield item
     finally:
         stop.set()

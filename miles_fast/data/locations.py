@@ -11,9 +11,9 @@ import ipaddress
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from miles_fast.data.shard_index import ShardError
 
@@ -30,10 +30,12 @@ class Access:
     """What may be read, and how patiently.
 
     `prefixes` are URLs that allowed ones start with, by whole segments of their paths. An attempt gives up
-    after `timeout_seconds` without progress. `s3_endpoint` is trusted.
+    after `timeout_seconds` without progress. `s3_endpoint` is trusted. `typed`: the prefix is the host of a
+    URL that the user typed; it may be at a private address, and redirect to https of the open internet.
     """
 
     prefixes: tuple[str, ...] = ()
+    typed: bool = False
     attempts: int = 6
     timeout_seconds: float = 30.0
     s3_endpoint: str | None = None
@@ -95,9 +97,9 @@ def local_path(name: str) -> str | None:
 
 
 def shown(url: str) -> str:
-    """A URL for messages, without its query, which may hold a signature."""
+    """A URL for messages, without user and password, and without its query, which may hold a signature."""
     place, mark, _ = url.partition("?")
-    return place + ("?..." if mark else "")
+    return re.sub("//[^/]*@", "//", place) + ("?..." if mark else "")
 
 
 def parse_url(url: str) -> Location:
@@ -115,7 +117,7 @@ def parse_url(url: str) -> Location:
     if not parts.hostname:
         raise ShardError(f"{name}: names no host")
     if "@" in parts.netloc:
-        raise ShardError(f"{_without_user(parts)}: a user or password in a URL is refused; remove it")
+        raise ShardError(f"{name}: a user or password in a URL is refused; remove it")
     if parts.fragment:
         raise ShardError(f"{name}: a fragment (#) is refused; write # as %23")
     segments = _segments(name, parts.path)
@@ -125,10 +127,6 @@ def parse_url(url: str) -> Location:
         port=port or _PORTS.get(parts.scheme),
         segments=segments,
     )
-
-
-def _without_user(parts: SplitResult) -> str:
-    return f"{parts.scheme}://...@{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _segments(name: str, path: str) -> tuple[str, ...]:
@@ -146,17 +144,41 @@ def _segments(name: str, path: str) -> tuple[str, ...]:
 def check_url(url: str, access: Access) -> Location:
     """The parts of a URL that the access allows. Raises ShardError for any other."""
     place = parse_url(url)
-    for prefix in access.prefixes:
-        allowed = parse_url(prefix)
-        head = allowed.segments[:-1] if allowed.segments[-1:] == ("",) else allowed.segments
-        same = (place.scheme, place.host, place.port) == (allowed.scheme, allowed.host, allowed.port)
-        if same and place.segments[: len(head)] == head:
-            return place
+    if _is_listed(place, access):
+        return place
     listed = f"it lists {', '.join(access.prefixes)}" if access.prefixes else "it is empty"
     raise ShardError(
         f"{shown(url)}: no prefix in data.allowed_prefixes allows this URL ({listed}); add one that does, "
         f"such as '{place.scheme}://{_authority(place)}/', if you trust it"
     )
+
+
+def access_to(url: str) -> Access:
+    """Access to the host (bucket) of a URL that the user typed."""
+    place = parse_url(url)
+    return Access(prefixes=(f"{place.scheme}://{_authority(place)}/",), typed=True)
+
+
+def check_redirect(url: str, access: Access) -> tuple[Location, Access]:
+    """The parts of a URL that another one leads to, and the access that its addresses are checked by."""
+    if not access.typed:
+        return check_url(url, access), access
+    place = parse_url(url)
+    if _is_listed(place, access):
+        return place, access
+    if place.scheme != "https":
+        raise ShardError(f"{shown(url)}: to another host only https: is followed; name the file's own URL")
+    return place, replace(access, prefixes=())
+
+
+def _is_listed(place: Location, access: Access) -> bool:
+    for prefix in access.prefixes:
+        allowed = parse_url(prefix)
+        head = allowed.segments[:-1] if allowed.segments[-1:] == ("",) else allowed.segments
+        same = (place.scheme, place.host, place.port) == (allowed.scheme, allowed.host, allowed.port)
+        if same and place.segments[: len(head)] == head:
+            return True
+    return False
 
 
 def _authority(place: Location) -> str:
@@ -167,7 +189,8 @@ def _authority(place: Location) -> str:
 def check_addresses(url: str, host: str, found: Iterable[str], access: Access) -> None:
     """Refuse a host one of whose addresses is not of the open internet and was not listed itself.
 
-    Listed is an address that is the host of an allowed prefix; `localhost` lists the loopback addresses.
+    Listed is an address that is the host of an allowed prefix; `localhost` lists the loopback addresses, and
+    a host that the user typed its private ones.
     """
     hosts = {parse_url(prefix).host for prefix in access.prefixes if not prefix.startswith("s3:")}
     listed = {_embedded(ipaddress.ip_address(name)) for name in hosts if _is_address(name)}
@@ -178,9 +201,13 @@ def check_addresses(url: str, host: str, found: Iterable[str], access: Access) -
             continue
         if kind == "loopback" and host == "localhost" and host in hosts:
             continue
+        if kind == "private" and access.typed and host in hosts:
+            continue
+        said = f"http://{f'[{text}]' if ':' in text else text}/"
+        remedy = f"list the address as well: '{said}' in data.allowed_prefixes"
         raise ShardError(
-            f"{shown(url)}: {host} is at {text}, a {kind} address, which is refused; if it is meant, list "
-            f"the address as well: 'http://{f'[{text}]' if ':' in text else text}/' in data.allowed_prefixes"
+            f"{shown(url)}: {host} is at {text}, a {kind} address, which is refused; if it is meant, "
+            f"{f'write {said}' if access.typed else remedy}"
         )
 
 
@@ -215,19 +242,12 @@ def expand_shards(
 
     Raises ShardError for a pattern that names no file, and for a URL that is not allowed.
     """
-    from braceexpand import UnbalancedBracesError, braceexpand
-
     files: set[Path] = set()
     urls: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, (str, Path)) else patterns:
         text = str(pattern)
         path = text if isinstance(pattern, Path) else local_path(text)
-        try:
-            expanded = list(braceexpand(text if path is None else path))
-        except UnbalancedBracesError as error:
-            raise ShardError(
-                f"shard pattern {text!r}: {error}; write it as 'data/{{00000..00041}}.tar'"
-            ) from error
+        expanded = expand_braces(text if path is None else path)
         if path is None:
             urls.update(_checked(url, access) for url in expanded)
             continue
@@ -241,6 +261,18 @@ def expand_shards(
             )
         files |= matches
     return [*sorted(files), *sorted(urls)]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern's braces stand for. Raises ShardError."""
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise ShardError(
+            f"shard pattern {shown(pattern)!r}: {error}; write it as 'data/{{00000..00041}}.tar'"
+        ) from error
 
 
 def _checked(url: str, access: Access) -> str:

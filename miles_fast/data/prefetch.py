@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from miles_fast.data.downloads import Stopped
 from miles_fast.data.order import SampleOrder
 from miles_fast.data.remote_file import RemoteFile
@@ -119,6 +121,37 @@ class WindowPrefetcher:
                     files = map(shards.paths.__getitem__, window)
                     wanted.extend(file for file in files if isinstance(file, RemoteFile))
         self._prefetcher.want([*present, *following])
+
+    def close(self) -> None:
+        """End the downloads."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+
+class SequentialPrefetcher:
+    """Has the shards that evaluation reads now, and the next one, in the cache as far as they fit."""
+
+    def __init__(self, shards: ShardSet, samples: range, pending: int) -> None:
+        """`samples` are read, in order; `pending`: how many requests may be on their way at the same time."""
+        self._shards, self._samples = shards, samples
+        self._starts = deque[int](maxlen=pending)
+        self._prefetcher = Prefetcher(shards.cache) if shards.cache is not None else None
+
+    def coming(self, first: int, last: int) -> None:
+        """Samples `first` to `last` are read next."""
+        if self._prefetcher is None or self._shards.cache is None:
+            return
+        self._starts.append(first)
+        ends = self._shards.shard_ends
+        places = self._starts[0], last, self._samples[-1]
+        present, read, final = np.searchsorted(ends, places, side="right").tolist()
+        wanted: list[RemoteFile] = []
+        room = self._shards.cache.bound_bytes
+        for file in self._shards.paths[present : min(read + 1, final) + 1]:
+            if isinstance(file, RemoteFile) and file.size <= room:
+                wanted.append(file)
+                room -= file.size
+        self._prefetcher.want(wanted)
 
     def close(self) -> None:
         """End the downloads."""

@@ -22,18 +22,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from miles_fast.data.clip_sources import FolderSource, TarSource, distinct_keys
-from miles_fast.data.fetching import RemoteTars, fetched, is_remote, local_name, shown
+from miles_fast.data.fetching import RemoteTars, fetched
+from miles_fast.data.locations import expand_shards, is_remote, local_path, shown
 from miles_fast.data.preparation_options import PreparationError, PreparationOptions
 from miles_fast.data.sample_page import write_sample_page
 from miles_fast.data.shard_writing import Job, finished_shard, shard_path, write_shards
-from miles_fast.data.shards import expand_shards
 from miles_fast.data.tone_map import missing_tone_map
 from miles_fast.files import write_whole
 
 __all__ = ["PreparationError", "PreparationOptions", "Summary", "prepare"]
 
 # Part of the plan: a change of what is written for the same input must not mix with shards written before it.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,7 @@ def _source(
                 f"{shown(remote[0])} is fetched: name addresses of tars alone, no local ones, no --captions"
             )
         return RemoteTars.open(remote)
-    inputs = [local_name(one) for one in inputs]
-    folders = [one for one in inputs if os.path.isdir(one)]
+    folders = [path for path in map(local_path, inputs) if path and os.path.isdir(path)]
     if folders and (len(inputs) > 1 or captions is None):
         raise PreparationError(
             f"{folders[0]} is a folder: give one folder and `--captions FILE` (csv, tsv, json), "
@@ -121,10 +120,11 @@ def _source(
         )
     if folders:
         with contextlib.ExitStack() as stack:
-            if is_remote(str(captions)):
+            listed: str | Path | None = local_path(str(captions))
+            if listed is None:
                 here = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                captions = stack.enter_context(fetched(str(captions), here))
-            return FolderSource.open(Path(folders[0]), Path(local_name(str(captions))), caption_column)
+                listed = stack.enter_context(fetched(str(captions), here))
+            return FolderSource.open(Path(folders[0]), Path(listed), caption_column)
     if captions is not None:
         raise PreparationError(
             f"--captions {captions} goes with a folder of clips; tars carry their captions"

@@ -1,4 +1,4 @@
-"""Reading processes: clips are read, checked and, where they are videos, decoded beside the training process.
+"""Reading processes: clips are read, checked, tokenised and, where they are videos, decoded beside training.
 
 Requests and answers go through a socket pair; frames come back in memory that both processes map (a memfd,
 which no container's limit on /dev/shm touches), so that nothing of their bytes is copied through Python. The
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from socket import socketpair
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from miles_fast.data.clips import BadSample, Clip, ClipDraw, read_for_evaluation, read_or_substitute
 from miles_fast.data.order import Draw
 from miles_fast.data.shards import ShardSet
+from miles_fast.models.caption_tokens import CaptionEncoder
 
 SLOTS = 8  # answers of one process that are in use or on their way
 SLOT_BYTES = 1 << 30  # address space; memory is taken as it is written
@@ -50,27 +51,38 @@ class Call:
 Answer = list[tuple[Clip, list[BadSample]]] | list[Clip | BadSample]
 
 
-def answer(shard_sets: Sequence[ShardSet], request: Request | Call) -> Answer | list[Any]:
-    """Read what a request names, or call a function, in this process. Raises ShardError."""
-    if isinstance(request, Call):
-        return [request.function(*request.arguments)]
-    shards, draw = shard_sets[request.source], request.draw
-    try:
-        if request.seed is None:
-            return [read_for_evaluation(shards, sample, draw) for sample in request.items]
-        return [read_or_substitute(shards, item, draw, request.seed) for item in request.items]
-    finally:
-        shards.release()
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """What answers requests, in any process."""
+
+    shard_sets: Sequence[ShardSet]
+    encode: CaptionEncoder
+
+    def answer(self, request: Request | Call) -> Answer | list[Any]:
+        """Read what a request names, or call a function, in this process. Raises ShardError."""
+        if isinstance(request, Call):
+            return [request.function(*request.arguments)]
+        shards, draw = self.shard_sets[request.source], request.draw
+        try:
+            if request.seed is None:
+                found = [read_for_evaluation(shards, sample, draw) for sample in request.items]
+                tokens = iter(self.encode([clip.caption for clip in found if isinstance(clip, Clip)]))
+                return [
+                    replace(clip, tokens=next(tokens)) if isinstance(clip, Clip) else clip for clip in found
+                ]
+            drawn = [read_or_substitute(shards, item, draw, request.seed) for item in request.items]
+            tokens = self.encode([clip.caption for clip, _ in drawn])
+            return [(replace(clip, tokens=own), bad) for (clip, bad), own in zip(drawn, tokens, strict=True)]
+        finally:
+            shards.release()
 
 
 class ReadingPool:
-    """Processes that read clips of some shard sets; used by one thread."""
+    """Processes that each hold a copy of a reader; used by one thread."""
 
-    def __init__(
-        self, shard_sets: Sequence[ShardSet], num_workers: int, slot_bytes: int = SLOT_BYTES
-    ) -> None:
+    def __init__(self, reader: Reader, num_workers: int, slot_bytes: int = SLOT_BYTES) -> None:
         """`slot_bytes` of shared memory hold one answer; a larger one comes through the socket."""
-        self._workers = [_Worker(shard_sets, slot_bytes) for _ in range(num_workers)]
+        self._workers = [_Worker(reader, slot_bytes) for _ in range(num_workers)]
         self._turns = itertools.cycle(self._workers)
 
     def submit(self, request: Request) -> Pending:
@@ -113,7 +125,7 @@ class Pending:
 
 
 class _Worker:
-    def __init__(self, shard_sets: Sequence[ShardSet], slot_bytes: int) -> None:
+    def __init__(self, reader: Reader, slot_bytes: int) -> None:
         ours, theirs = socketpair()
         memory = os.memfd_create("miles_fast clips")
         os.ftruncate(memory, SLOTS * slot_bytes)
@@ -123,12 +135,16 @@ class _Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-c", program],
             pass_fds=(theirs.fileno(), memory),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+                "TOKENIZERS_PARALLELISM": "false",  # the processes are the parallelism
+            },
         )
         theirs.close()
         os.close(memory)
         self._connection = Connection(ours.detach())
-        self._connection.send(list(shard_sets))
+        self._connection.send(reader)
         self.in_use = 0
 
     def send(self, request: Request | Call) -> None:
@@ -170,11 +186,11 @@ def serve(connection_number: int, memory_number: int, slot_bytes: int) -> None:
     connection = Connection(connection_number)
     slots = memoryview(mmap.mmap(memory_number, SLOTS * slot_bytes))
     try:
-        shard_sets = connection.recv()
+        reader = connection.recv()
         for start in itertools.cycle(range(0, SLOTS * slot_bytes, slot_bytes)):
             request = connection.recv()
             try:
-                found: Answer | Exception = answer(shard_sets, request)
+                found: Answer | Exception = reader.answer(request)
             except (ValueError, OSError, MemoryError) as error:
                 found = error
             body, places = _store(found, slots[start : start + slot_bytes])

@@ -37,7 +37,8 @@ def _s3_errors(url: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError) as error:
         raise MissingError(
-            f"{url}: S3 answers {error}; correct the URL, data.s3_endpoint or the rights"
+            f"{url}: S3 answers {error}; correct the URL, the rights, or the endpoint (AWS_ENDPOINT_URL or "
+            "data.s3_endpoint)"
         ) from error
     except NoCredentialsError as error:
         raise ShardError(
@@ -56,6 +57,14 @@ def describe_s3(url: str, access: Access) -> RemoteFile:
     if found["type"] != "file":
         raise MissingError(f"{url}: is a folder, not a shard")
     return RemoteFile(url=url, size=int(found["size"]), version=str(found.get("ETag", "")))
+
+
+def matches_s3(pattern: str, access: Access) -> list[str]:
+    """URLs of the objects that a pattern with * or [] matches. Raises as `describe_s3`."""
+    check_url(pattern, access)
+    store = _s3(access)
+    with _s3_errors(pattern):
+        return [f"s3://{name}" for name in store.glob(pattern)]
 
 
 def pieces_s3(file: RemoteFile, access: Access) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from miles_fast.data.frame_headers import frame_size
 from miles_fast.data.sampling import segment_frames, timed_frames
 from miles_fast.data.shards import Sample, SampleError, ShardSet
 from miles_fast.data.videos import ByTime, read_frames
@@ -95,8 +96,10 @@ def _pictures(sample: Sample, record: dict) -> tuple[list[Image.Image], list[str
 
 
 def _open(sample: Sample, extension: str) -> Image.Image:
+    data = sample.read(extension)
+    frame_size(data, f"{sample}.{extension}")
     try:
-        with Image.open(io.BytesIO(sample.read(extension))) as image:
+        with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise SampleError(f"{sample}.{extension}: does not decode ({error})", "not decodable") from error

@@ -19,7 +19,8 @@ from pathlib import Path
 from miles_fast.data.clip_frames import encode_clip
 from miles_fast.data.clip_sources import FolderSource, TarSource, distinct_keys
 from miles_fast.data.clip_videos import encode_video
-from miles_fast.data.fetching import RemoteTars, fetched, shown
+from miles_fast.data.fetching import RemoteTars, fetched
+from miles_fast.data.locations import shown
 from miles_fast.data.preparation_options import PreparationError, PreparationOptions
 from miles_fast.data.shards import SampleError, ShardError, build_index
 from miles_fast.files import write_whole

@@ -273,16 +273,11 @@ class Sample:
 
         With `every`, the list `captions` of KEY.json comes first: preparation keeps all captions of a clip
         there and the first one in KEY.txt. `record` is KEY.json where the caller has read it. SampleError: no
-        caption, empty caption, caption not readable.
+        caption, empty caption, caption not readable, json not readable.
         """
         spoken = "txt" in self._places
         if every or not spoken:
-            try:
-                record = self.record() if record is None else record
-            except SampleError as error:
-                if not spoken:
-                    raise SampleError(str(error), "caption not readable") from error
-                record = {}
+            record = self.record() if record is None else record
             found = _listed_captions(record)
             if found or not spoken:
                 return found or [self._only_caption(record)]

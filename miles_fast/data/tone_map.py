@@ -7,8 +7,7 @@ from fractions import Fraction
 
 from miles_fast.data.shards import SampleError
 
-HDR_TRANSFERS = {16: "smpte2084 (PQ)", 18: "arib-std-b67 (HLG)"}
-_TRANSFERS = {16: "smpte2084", 18: "arib-std-b67"}
+HDR_TRANSFERS = {16: "smpte2084", 18: "arib-std-b67"}  # PQ and HLG, by FFmpeg's numbers and names
 _BT709 = "out_transfer=bt709:out_primaries=bt709:out_color_matrix=bt709:out_range=tv"
 # By FFmpeg's numbers; what is not marked (2) is taken as BT.2020, which both transfers come with.
 _PRIMARIES = {1: "bt709", 2: "bt2020", 9: "bt2020", 12: "smpte432"}
@@ -60,7 +59,7 @@ def tone_mapped(frame, name: str):
             "hdr video",
         )
     source = (
-        f"in_transfer={_TRANSFERS[frame.color_trc]}:in_primaries={_PRIMARIES[frame.color_primaries]}:"
+        f"in_transfer={HDR_TRANSFERS[frame.color_trc]}:in_primaries={_PRIMARIES[frame.color_primaries]}:"
         f"in_color_matrix={_MATRICES[frame.colorspace]}:in_range={'pc' if frame.color_range == 2 else 'tv'}:"
         "intent=perceptual"
     )

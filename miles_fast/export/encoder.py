@@ -11,8 +11,8 @@ from torch import Tensor
 from miles_fast.data.augmentation import PillowAugmentation
 from miles_fast.data.sampling import evaluation_view, segment_frames
 from miles_fast.data.videos import read_frames
+from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.dual_encoder import DualEncoder, unit
-from miles_fast.models.text_encoder import encode_captions
 
 Videos = Tensor | Sequence[str | Path]
 
@@ -76,11 +76,10 @@ class VideoTextEncoder(DualEncoder):
         if isinstance(captions, str) or not captions:
             raise ValueError("encode_text takes a list of captions with at least one in it")
         length, device = min(length, self.config.text.max_positions), self.vid_proj[0].weight.device
-        parts = []
+        encode, parts = CaptionEncoder(self.tokenizer, length), []
         for start in range(0, len(captions), batch):
-            ids, attention = encode_captions(self.tokenizer, captions[start : start + batch], length)
-            inputs = torch.from_numpy(ids).to(device), torch.from_numpy(attention).to(device)
-            parts.append(unit(self.embed_text(*inputs)))
+            tokens_B2L = torch.from_numpy(encode(captions[start : start + batch])).to(device)
+            parts.append(unit(self.embed_text(*tokens_B2L.unbind(1))))
         return torch.cat(parts)
 
     def read_videos(self, paths: Sequence[str | Path], num_frames: int | None = None) -> Tensor:

@@ -22,8 +22,9 @@ def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: s
     """Attend along one axis; returns (B, N, H * S) in the dtype of the input.
 
     Backends: `triton` (this project's ops, from the packed qkv), `sdpa` (torch's fused attention), `flash`
-    (flash-attn 4 or 2: CUDA, bf16 or fp16), `reference` (masked softmax over all pairs, the definition),
-    `auto` (triton on a GPU, sdpa elsewhere). Raises ValueError for an unknown backend or axis, or when N is
+    (flash-attn 4 or 2: CUDA, bf16 or fp16), `eager` (products and a softmax over rearranged copies, as the
+    published code does it), `reference` (masked softmax over all pairs, the definition), `auto` (triton on a
+    GPU, sdpa elsewhere). Raises ValueError for an unknown backend or axis, or when N is
     not 1 + a multiple of `num_frames`.
     """
     if axis not in ("time", "space"):
@@ -31,18 +32,19 @@ def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: s
     check_packed_qkv(qkv_BN3HS, num_frames)
     if backend == "reference":
         return divided_attention_reference(qkv_BN3HS, num_frames, axis)
-    if backend not in ("auto", "triton", "sdpa", "flash"):
-        raise ValueError(f"attention backend {backend!r}: expected auto, triton, sdpa, flash or reference")
+    if backend not in ("auto", "triton", *_ATTEND):
+        raise ValueError(
+            f"attention backend {backend!r}: expected auto, triton, sdpa, flash, eager or reference"
+        )
     if backend == "triton" or (backend == "auto" and qkv_BN3HS.is_cuda):
         op = temporal_attention if axis == "time" else space_attention
         return op(qkv_BN3HS, num_frames)
-    attend = _flash_attend if backend == "flash" else _sdpa_attend
+    attend = _ATTEND.get(backend, _sdpa_attend)
     cls_B1HS = attend(qkv_BN3HS[:, :1, 0], qkv_BN3HS[:, :, 1], qkv_BN3HS[:, :, 2])
-    patches = (
-        _attend_time(qkv_BN3HS, num_frames)
-        if axis == "time"
-        else _attend_space(qkv_BN3HS, num_frames, attend)
-    )
+    if axis == "time" and backend != "eager":
+        patches = _attend_time(qkv_BN3HS, num_frames)
+    else:
+        patches = _attend_groups(qkv_BN3HS, num_frames, axis, attend)
     return torch.cat([cls_B1HS, patches], dim=1).flatten(2)
 
 
@@ -54,12 +56,17 @@ def require_backend(backend: str) -> None:
             raise ValueError("model.attention = flash needs a CUDA GPU; use auto or sdpa")
 
 
-def _attend_space(qkv_BN3HS: Tensor, num_frames: int, attend: Callable[..., Tensor]) -> Tensor:
-    frames_GP3HS = qkv_BN3HS[:, 1:].unflatten(1, (num_frames, -1)).flatten(0, 1)
-    cls_G1 = qkv_BN3HS[:, :1].repeat_interleave(num_frames, dim=0)
-    key_value = torch.cat([cls_G1[:, :, 1:], frames_GP3HS[:, :, 1:]], dim=1)
-    out_GPHS = attend(frames_GP3HS[:, :, 0], key_value[:, :, 0], key_value[:, :, 1])
-    return out_GPHS.unflatten(0, (-1, num_frames)).flatten(1, 2)
+def _attend_groups(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, attend: Callable[..., Tensor]) -> Tensor:
+    # A group is a frame (axis space) or a position (axis time); [CLS] joins the keys of each.
+    patches_BTP3HS = qkv_BN3HS[:, 1:].unflatten(1, (num_frames, -1))
+    grouped = patches_BTP3HS if axis == "space" else patches_BTP3HS.transpose(1, 2)
+    num_groups = grouped.shape[1]
+    group_GQ3HS = grouped.flatten(0, 1)
+    cls_G1 = qkv_BN3HS[:, :1].repeat_interleave(num_groups, dim=0)
+    key_value = torch.cat([cls_G1[:, :, 1:], group_GQ3HS[:, :, 1:]], dim=1)
+    out_GQHS = attend(group_GQ3HS[:, :, 0], key_value[:, :, 0], key_value[:, :, 1])
+    out_BGQHS = out_GQHS.unflatten(0, (-1, num_groups))
+    return (out_BGQHS if axis == "space" else out_BGQHS.transpose(1, 2)).flatten(1, 2)
 
 
 def _attend_time(qkv_BN3HS: Tensor, num_frames: int) -> Tensor:
@@ -85,6 +92,12 @@ def _sdpa_attend(query_BQHS: Tensor, key_BKHS: Tensor, value_BKHS: Tensor) -> Te
     return out.transpose(1, 2)
 
 
+def _eager_attend(query_BQHS: Tensor, key_BKHS: Tensor, value_BKHS: Tensor) -> Tensor:
+    query_BHQS = query_BQHS.transpose(1, 2) * query_BQHS.shape[-1] ** -0.5
+    weights_BHQK = (query_BHQS @ key_BKHS.permute(0, 2, 3, 1)).softmax(-1)
+    return (weights_BHQK @ value_BKHS.transpose(1, 2)).transpose(1, 2)
+
+
 def _flash_attend(query_BQHS: Tensor, key_BKHS: Tensor, value_BKHS: Tensor) -> Tensor:
     if query_BQHS.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"flash attention takes bf16 or fp16, not {query_BQHS.dtype}; use attention sdpa")
@@ -103,3 +116,6 @@ def _flash_function() -> Callable[..., Tensor | tuple[Tensor, ...]]:
     except ImportError:
         from flash_attn import flash_attn_func
     return flash_attn_func
+
+
+_ATTEND = {"sdpa": _sdpa_attend, "flash": _flash_attend, "eager": _eager_attend}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import nn
 
 from miles_fast.config import TextEncoderConfig
@@ -28,18 +26,6 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             f"tokenizer {str(source)!r} cannot be loaded ({str(error).splitlines()[0]}); name a folder with "
             "tokenizer.json, or a model that the Hugging Face hub serves"
         ) from error
-
-
-def encode_captions(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and attention mask, both (B, L) int64, padded and truncated to `length` tokens.
-
-    A caption's tail that cannot reach `length` tokens is cut first, so that one huge caption costs no time.
-    """
-    cut = [" ".join(caption[: 64 * length].split(maxsplit=length)[:length]) for caption in captions]
-    encoded = tokenizer(cut, padding="max_length", truncation=True, max_length=length, return_tensors="np")
-    return encoded["input_ids"].astype(np.int64), encoded["attention_mask"].astype(np.int64)
 
 
 def build_text_encoder(config: TextEncoderConfig, vocabulary_size: int) -> DistilBertModel:

@@ -11,6 +11,7 @@ import yaml
 from tiny import ds_tree, tiny_config, tiny_tree, write_data
 
 from miles_fast.data.demo_corpus import Recipe, build_demo_corpus
+from miles_fast.data.shards import ShardSet
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -32,20 +33,26 @@ def doctor(monkeypatch):
     return doctor
 
 
-def call(root, what, *options):
+def throughput(root, what, *options):
     command = [sys.executable, str(BENCHMARKS / "throughput.py"), what, "--batches", "3"]
     files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
-    output = ["--json", str(root / f"{what}.json")]
-    run = subprocess.run(
-        [*command, *files, *output, *options], capture_output=True, text=True, timeout=250, cwd=root
-    )
+    run = subprocess.run([*command, *files, *options], capture_output=True, text=True, timeout=250, cwd=root)
     assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout, json.loads((root / f"{what}.json").read_text())
+    return run.stdout
 
 
-def test_loader_beside_its_rivals(root):
+def call(root, what, *options):
+    printed = throughput(root, what, "--json", str(root / f"{what}.json"), *options)
+    return printed, json.loads((root / f"{what}.json").read_text())[what]
+
+
+@pytest.fixture(scope="module")
+def videos(root):
     corpus = build_demo_corpus(root / "corpus", Recipe(num_train=8, num_heldout=2), workers=1)
-    videos = [str(path) for path in corpus.train_tars]
+    return [str(path) for path in corpus.train_tars]
+
+
+def test_loader_beside_its_rivals(root, videos):
     printed, figures = call(root, "loader", "--rival-seconds", "0.5", "--videos", *videos)
     rates = [value for name, value in figures.items() if name.endswith("per_second")]
     assert len(rates) == 5 and min(rates) > 0
@@ -54,11 +61,73 @@ def test_loader_beside_its_rivals(root):
     assert figures["batch_bytes"] == pytest.approx(4 * 2 * 3000, rel=0.9)
 
 
+def test_decoders_on_the_same_videos(root, videos):
+    _, figures = call(root, "decoders", "--videos", *videos)
+    rates = {name: value for name, value in figures.items() if name.endswith("clips/s")}
+    expected = {"frames clips/s", "raw PyAV clips/s", "transcode PyAV clips/s"}
+    assert rates.keys() >= expected and min(rates.values()) > 0
+
+
+def test_spoiled_shards_are_slower_by_a_figure(root):
+    _, figures = call(root, "spoiled")
+    slower = [name for name in figures if name.endswith("slower by %")]
+    assert len(slower) == 3 and "spoiled 50.0 %, slower by %" in slower
+    clean = figures["spoiled 0.0 % clips/s"]
+    half = figures["spoiled 50.0 % clips/s"]
+    assert figures["spoiled 50.0 %, slower by %"] == pytest.approx(100 * (1 - half / clean))
+
+
+def test_spoiling_spoils_whole_samples(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from loader_inputs import spoil_frames
+
+    tars = sorted((root / "train").glob("*.tar"))
+    assert spoil_frames(tars, root / "half", 0.5) == 0.5
+    changed = []
+    for before in ShardSet(tars):
+        after = next(s for s in ShardSet(sorted((root / "half").glob("*.tar"))) if s.key == before.key)
+        assert after.captions() == before.captions()
+        names = before.frame_extensions()
+        changed.append(sum(before.read(name) != after.read(name) for name in names))
+    assert sorted(changed) == 12 * [0] + 12 * [4]
+
+
 def test_step_and_its_parts(root):
-    _, figures = call(root, "step")
-    assert figures["clips_per_second"] > 0 and figures["step_milliseconds"] > 0
-    printed, _ = call(root, "step", "--profile", "2")
-    assert "host, profiled" in printed and "aten::" in printed
+    printed, rows = call(root, "step", "--report", str(root / "step.html"))
+    assert [row["name"] for row in rows] == [
+        "as configured",
+        "eager, SDPA",
+        "as published, bf16",
+        "as published, fp32",
+    ]
+    assert all(row["clips_per_second"] > 0 and row["batch"] == 4 for row in rows)
+    assert f"{rows[2]['clips_per_second']:.2f}" in printed
+    page = (root / "step.html").read_text()
+    assert f"{rows[1]['clips_per_second']:,.1f}" in page and "Training step" in page
+
+
+def test_a_profile_names_the_host_operators(root):
+    run = throughput(root, "step", "--profile", "2", "--json", str(root / "parts.json"))
+    assert "host, profiled" in run and "aten::" in run
+    assert "parts" in json.loads((root / "parts.json").read_text())
+
+
+def test_the_encoder_alone(root):
+    _, rows = call(root, "model")
+    assert [row["name"] for row in rows] == ["as configured", "eager, SDPA", "as published, fp32"]
+    for row in rows:
+        assert row["clips_per_second"] == pytest.approx(4000 / row["milliseconds"])
+        assert row["tflops_per_second"] > 0 and row["mfu"] is None
+
+
+def test_ablations_change_one_thing_each(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from variants import ABLATIONS, measure_variants
+
+    chosen = [one for one in ABLATIONS if one.plain_ops or one.ds]
+    rows = measure_variants(chosen, str(root / "tiny.yaml"), [], ds_tree(stage=1), 7)
+    assert [row.name for row in rows] == [one.name for one in chosen]
+    assert all(row.clips_per_second > 0 for row in rows)
 
 
 def test_the_doctor_examines_and_says_something(root):
@@ -75,7 +144,6 @@ def healthy(doctor):
         batch_milliseconds=1.0,
         reading_milliseconds=1.0,
         decoding_milliseconds=1.0,
-        tokenising_milliseconds=0.1,
         growth_mib_per_thousand=0.0,
         batch_bytes=2_000_000,
         takes="jpeg",
@@ -102,7 +170,6 @@ def healthy(doctor):
             ["Reading", "prepare frames once (launch/prepare.py)"],
         ),
         ({"decoding_milliseconds": 20.0}, 200.0, ["Decoding", "50 %", "data.threads from 1"]),
-        ({"tokenising_milliseconds": 20.0}, 200.0, ["Tokenising", "data.caption_tokens from 8"]),
         ({}, 300.0, ["No stage alone is slower", "25 %", "cores"]),
     ],
 )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
 from tiny import jpeg
 
 
@@ -85,12 +89,28 @@ def extended_headers(path: Path) -> Path:
     return path
 
 
-def with_huge_image(path: Path) -> Path:
+def huge_image(kind: str) -> bytes:
     """A few bytes that say they are 65535 x 65535 pixels."""
-    data = bytearray(jpeg(0))
-    at = data.index(b"\xff\xc0") + 5
-    data[at : at + 4] = b"\xff" * 4
-    return _write(path, ("a.jpg", bytes(data), {}), ("a.txt", b"a dog", {}))
+    if kind == "jpg":
+        data = bytearray(jpeg(0))
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = b"\xff" * 4
+        return bytes(data)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    picture = file.getvalue()
+    header = b"IHDR" + struct.pack(">II", 65535, 65535) + picture[24:29]
+    return picture[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture[33:]
+
+
+def with_huge_image(path: Path, kind: str, checked: bool) -> Path:
+    """A shard of such an image; `checked`: KEY.json has its checksum, and another size."""
+    data = huge_image(kind)
+    members = [(f"a.{kind}", data, {}), ("a.txt", b"a dog", {})]
+    if checked:
+        record = {"crc32": [zlib.crc32(data)], "width": 56, "height": 40}
+        members.append(("a.json", json.dumps(record).encode(), {}))
+    return _write(path, *members)
 
 
 def with_pickles(path: Path, proof: Path) -> Path:

@@ -1,12 +1,19 @@
 """What a shard or its name must not be able to do: refused by name, without a side effect."""
 
+import io
+
+import numpy as np
 import pytest
 from data import malicious
+from PIL import Image
 
 from miles_fast.config import DataConfig, SourceConfig
+from miles_fast.data import decoding, frame_headers
 from miles_fast.data.clips import ClipDraw, read_clip
+from miles_fast.data.frame_headers import frame_size
 from miles_fast.data.shards import SampleError, ShardError, ShardSet, build_index
 from miles_fast.data.sources import open_shards
+from miles_fast.data.videos import read_frames
 
 DRAW = ClipDraw(num_frames=1, takes="jpeg")
 
@@ -48,11 +55,49 @@ def test_malicious_indexes_are_refused_by_name(tmp_path, line, message):
         ShardSet([tar])
 
 
-def test_an_image_of_a_gigapixel_is_a_bad_sample(tmp_path):
-    shards = ShardSet([malicious.with_huge_image(tmp_path / "bad.tar")])
-    with pytest.raises(SampleError, match="bad.tar.*exceeds limit") as raised:
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_an_image_of_a_gigapixel_is_a_bad_sample(tmp_path, kind, checked):
+    shards = ShardSet([malicious.with_huge_image(tmp_path / "bad.tar", kind, checked)])
+    with pytest.raises(SampleError, match="bad.tar.*(65535x65535 pixels, the limit|exceeds limit)") as raised:
         read_clip(shards, 0, DRAW, None)
-    assert raised.value.cause == "too large"
+    assert raised.value.cause == "frame too large"
+
+
+@pytest.mark.parametrize(
+    "save", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + bytes(9000), "dpi": (7, 7)}]
+)
+def test_the_size_of_a_picture_is_read_from_its_header(save):
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = io.BytesIO()
+        Image.new("RGB", (70, 30)).save(data, kind, **save)
+        assert frame_size(data.getvalue(), "x") == (70, 30)
+    for cut in (data.getvalue()[:9], b"", b"\xff\xd8", b"\xff\xd8" + b"\xff\xff" * 99):
+        with pytest.raises(SampleError, match="not a readable image"):
+            frame_size(cut, "x")
+
+
+def test_a_size_cannot_be_hidden_by_a_fill_byte():
+    data = malicious.huge_image("jpg")
+    at = data.index(b"\xff\xc0")
+    hidden = data[:at] + b"\xff" + data[at:]  # FF FF C0 00 is no segment of 0xC000 bytes
+    hidden = hidden.ljust(at + 2 + 0xC000, b"\0") + b"\xff\xc0\x00\x11\x08" + b"\x00\x10" * 2 + bytes(9)
+    with pytest.raises(SampleError) as raised:
+        frame_size(hidden, "x")
+    assert raised.value.cause == "frame too large"
+
+
+def test_a_video_that_grows_is_a_bad_sample(monkeypatch, encode_video):
+    # MPEG-TS may change its size on the way: what the header says first is not the whole of it.
+    monkeypatch.setattr(decoding, "MAX_FRAME_PIXELS", 64 * 64)
+    small, large = (encode_video([9] * 12, container="mpegts", size=size) for size in ((64, 48), (640, 480)))
+    assert len(read_frames(small + small, np.arange)[0]) > 12
+    with pytest.raises(SampleError, match="does not decode|cannot be decoded"):
+        read_frames(small + large, np.arange)
+    monkeypatch.setattr(frame_headers, "MAX_FRAME_PIXELS", 64 * 64)
+    with pytest.raises(SampleError, match="x: its header says 640x480 pixels") as raised:
+        read_frames(large, np.arange, name="x")
+    assert raised.value.cause == "frame too large"
 
 
 def test_no_pickle_is_ever_loaded(tmp_path):

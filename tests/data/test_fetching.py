@@ -1,24 +1,22 @@
-"""Preparation of tars that lie elsewhere: a server on this machine, and s3 as moto plays it."""
+"""Preparation of tars that lie elsewhere, here on a server on this machine; those on s3 are in test_s3.py."""
 
 from __future__ import annotations
 
 import hashlib
-import http.server
 import logging
 import socket
-import subprocess
-import sys
-import threading
-import urllib.parse
-from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from data.serving import serving
 
-from miles_fast.data import fetching
-from miles_fast.data.fetching import is_remote, local_name, shown
+from miles_fast.data import downloads
+from miles_fast.data.fetching import fetched
+from miles_fast.data.http_files import _connect
+from miles_fast.data.locations import access_to, check_redirect
 from miles_fast.data.preparation import PreparationError, PreparationOptions, prepare
-from miles_fast.data.shards import ShardSet
+from miles_fast.data.shards import ShardError, ShardSet
 
 OPTIONS = PreparationOptions(workers=1, frames=2, short_side=32)
 
@@ -36,41 +34,11 @@ def tars(tmp_path, write_tar, encode_video) -> list[Path]:
     ]
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; the first answer to each name in `breaks` ends half-way; all names are noted."""
-
-    asked: list[str] = []
-    breaks: set[str] = set()
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        name = urllib.parse.urlsplit(self.path).path.lstrip("/")
-        self.asked.append(name)
-        if name in self.breaks:
-            self.breaks.discard(name)
-            data = Path(self.translate_path(self.path)).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-            self.close_connection = True
-            return
-        super().do_GET()
-
-
 @pytest.fixture
 def server(tmp_path, tars, monkeypatch):
-    pytest.importorskip("aiohttp", reason="aiohttp, which reads http, is not installed (miles-fast[remote])")
-    monkeypatch.setattr(fetching, "_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(Handler, "asked", [])
-    monkeypatch.setattr(Handler, "breaks", set())
-    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "far"))
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{serving.server_port}"
-    serving.shutdown()
-    serving.server_close()
+    monkeypatch.setattr(downloads, "FIRST_WAIT_SECONDS", 0.01)
+    with serving(tmp_path / "far") as server:
+        yield server
 
 
 def shards(folder: Path) -> dict[str, str]:
@@ -78,7 +46,7 @@ def shards(folder: Path) -> dict[str, str]:
 
 
 def test_tars_over_http_become_the_shards_that_local_ones_do(server, tars, tmp_path):
-    summary = prepare([f"{server}/{{00000..00002}}.tar?signature=secret"], tmp_path / "out", OPTIONS)
+    summary = prepare([f"{server.url}/{{00000..00002}}.tar?signature=secret"], tmp_path / "out", OPTIONS)
     assert (summary.kept, len(summary.shards)) == (6, 3)
     prepare(
         tars,
@@ -90,30 +58,35 @@ def test_tars_over_http_become_the_shards_that_local_ones_do(server, tars, tmp_p
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] == ".") == [".records"]
     told = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert b"secret" not in told
-    Handler.asked.clear()
+    server.asked.clear()
     (tmp_path / "out/00001.tar").unlink()
-    again = prepare([f"{server}/{{00000..00002}}.tar?signature=other"], tmp_path / "out", OPTIONS)
-    assert set(Handler.asked) == {"00001.tar"} and again.kept == 6
+    again = prepare([f"{server.url}/{{00000..00002}}.tar?signature=other"], tmp_path / "out", OPTIONS)
+    assert server.asked == {("HEAD", "/00001.tar"): 1, ("GET", "/00001.tar"): 1} and again.kept == 6
 
 
 def test_a_broken_connection_is_tried_again(server, tmp_path, caplog):
-    Handler.breaks |= {"00001.tar"}
+    server.faults["/00001.tar"] = ["cut"]
     with caplog.at_level(logging.WARNING):
-        assert prepare([f"{server}/{{00000..00002}}.tar"], tmp_path / "out", OPTIONS).kept == 6
-    assert "00001.tar: try 1 of 4 failed" in caplog.text
+        assert prepare([f"{server.url}/{{00000..00002}}.tar"], tmp_path / "out", OPTIONS).kept == 6
+    assert "00001.tar: attempt 1 failed" in caplog.text
 
 
 def test_what_is_not_there_is_named(server, tmp_path, tars):
-    with pytest.raises(PreparationError, match=r"/00007\.tar: is not there.*correct the address"):
-        prepare([f"{server}/{{00002,00007}}.tar"], tmp_path / "out", OPTIONS)
+    with pytest.raises(
+        PreparationError, match=r"/00007\.tar: the server answers 404.*correct the URL.*same command again"
+    ):
+        prepare([f"{server.url}/{{00002,00007}}.tar"], tmp_path / "out", OPTIONS)
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["00000.tar"]
     (tmp_path / "far/cut.tar").write_bytes(tars[0].read_bytes()[:2000])
     with pytest.raises(PreparationError, match=r"127.0.0.1:\d+/cut.tar: .*truncated|not a complete"):
-        prepare([f"{server}/cut.tar"], tmp_path / "cut", OPTIONS)
+        prepare([f"{server.url}/cut.tar"], tmp_path / "cut", OPTIONS)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(PreparationError, match="could not be fetched in 4 tries.*same command again"):
+        with pytest.raises(
+            PreparationError,
+            match="6 attempts failed.*ConnectionRefused.*not used.; finished.*same command again",
+        ):
             prepare([f"{address}/x.tar"], tmp_path / "none", OPTIONS)
 
 
@@ -121,81 +94,80 @@ def test_remote_captions(server, tmp_path, encode_video):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips/a.mp4").write_bytes(encode_video([9] * 9))
     (tmp_path / "far/c.csv").write_text("file,caption\na.mp4,said\n")
-    summary = prepare([tmp_path / "clips"], tmp_path / "out", OPTIONS, f"{server}/c.csv")
+    summary = prepare([tmp_path / "clips"], tmp_path / "out", OPTIONS, f"{server.url}/c.csv")
     assert ShardSet(summary.shards)[0].captions() == ["said"]
 
 
 def test_file_addresses_are_paths(tars, tmp_path):
     assert prepare([f"file://{tmp_path}/far/0000%30.tar"], tmp_path / "out", OPTIONS).kept == 2
-    with pytest.raises(PreparationError, match="names the machine host"):
-        local_name("file://host/x.tar")
+    with pytest.raises(ShardError, match=r"file: of another host \(host\)"):
+        prepare(["file://host/x.tar"], tmp_path / "none", OPTIONS)
 
 
 def test_addresses(tmp_path):
-    assert is_remote("https://x/a.tar") and is_remote("s3://b/a.tar") and not is_remote("a/b:c.tar")
-    assert shown("https://me:pw@x.org/a.tar?key=1") == "https://x.org/a.tar"
     for name, problem in (
-        ("gopher://x/a.tar", "not from gopher"),
+        ("gopher://x/a.tar", "gopher: is refused"),
         ("http://x/*.tar", "only s3 can be searched"),
         ("http://x/{a.tar", "write"),
+        ("https://me:pw@x/a.tar", "https://x/a.tar: a user or password"),
     ):
-        with pytest.raises(PreparationError, match=problem):
+        with pytest.raises(ValueError, match=problem) as raised:
             prepare([name], tmp_path / "out", OPTIONS)
+        assert "pw" not in str(raised.value)
     with pytest.raises(PreparationError, match="addresses of tars alone"):
         prepare(["http://x/a.tar", "b.tar"], tmp_path / "out", OPTIONS)
     with pytest.raises(PreparationError, match="limit counts clips"):
         prepare(["http://x/a.tar"], tmp_path / "out", PreparationOptions(limit=3))
 
 
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
-    import fsspec
-
-    def lacking(scheme):
-        raise ImportError("Install s3fs to access S3")
-
-    monkeypatch.setattr(fsspec, "filesystem", lacking)
-    with pytest.raises(
-        PreparationError, match=r"b/a.tar: .*Install s3fs.*pip install 'miles-fast\[remote\]'"
+def test_what_a_typed_url_may_lead_to(server, tmp_path):
+    """Redirects: to its own host, and to https of the open internet; nothing else is connected to."""
+    own = f"{server.url}/00000.tar"
+    for target, problem in (
+        (f"http://localhost:{server.port}/00001.tar", "only https: is followed"),
+        ("http://93.184.216.34/x.tar", "only https: is followed"),
+        (f"https://127.0.0.1:{server.port + 1}/x.tar", "127.0.0.1, a loopback address"),
+        ("https://169.254.169.254/latest/meta-data/", "a link-local address"),
+        ("https://10.0.0.1/x.tar", "a private address"),
+        ("https://[::ffff:127.0.0.1]/x.tar", "a loopback address"),
+        ("s3://bucket/x.tar", "only https: is followed"),
+        ("file:///etc/passwd", "expected one of"),
     ):
-        prepare(["s3://b/a.tar"], tmp_path / "out", OPTIONS)
+        server.faults["/00000.tar"] = server.faults["HEAD", "/00000.tar"] = [target] * 3
+        with pytest.raises(PreparationError, match=problem), fetched(own, tmp_path):
+            pass
+    server.faults["/00000.tar"] = [f"{server.url}/00001.tar"]
+    server.faults["HEAD", "/00000.tar"] = [f"{server.url}/00001.tar"]
+    with fetched(own, tmp_path) as path:
+        assert path.name == "00000.tar"
+        assert path.read_bytes() == (tmp_path / "far/00001.tar").read_bytes()
 
 
-def test_s3(tars, tmp_path, monkeypatch):
-    for package in ("s3fs", "moto.server"):
-        pytest.importorskip(package, reason=f"{package} is not installed: s3 is not tested")
-    import s3fs
+def test_a_typed_url_may_lead_to_another_host(monkeypatch):
+    """Each hop is resolved and checked anew: a public address is connected to, one inside is not."""
+    addresses = {"hub.example": "10.1.2.3", "cdn.example": "93.184.216.34", "inside.example": "10.1.2.3"}
+    connected = []
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for name, value in (
-            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}"),
-            ("AWS_ACCESS_KEY_ID", "x"),
-            ("AWS_SECRET_ACCESS_KEY", "x"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        for _ in range(100):
-            with socket.socket() as trying:
-                if trying.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-                threading.Event().wait(0.1)
-        system = s3fs.S3FileSystem()
-        system.mkdir("bucket")
-        for tar in tars:
-            system.put_file(str(tar), f"bucket/{tar.name}")
-        assert prepare(["s3://bucket/0*.tar"], tmp_path / "out", OPTIONS).kept == 6
-        with pytest.raises(PreparationError, match="s3://bucket/9.tar: is not there"):
-            prepare(["s3://bucket/9.tar"], tmp_path / "none", OPTIONS)
-        with pytest.raises(PreparationError, match="matches nothing"):
-            prepare(["s3://bucket/9*.tar"], tmp_path / "none", OPTIONS)
-    finally:
-        process.terminate()
-        process.wait()
+    def resolve(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (addresses[host], port))]
+
+    def connect(_, address):
+        connected.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    access = access_to("https://hub.example/a/x.tar?signature=1")
+    for url in ("https://hub.example/b/y.tar", "https://cdn.example/x.tar?key=2"):
+        _, may = check_redirect(url, access)
+        with pytest.raises(ConnectionRefusedError):
+            _connect(url, urlsplit(url).hostname, 443, may)
+    assert connected == [("10.1.2.3", 443), ("93.184.216.34", 443)]
+    _, may = check_redirect("https://inside.example/x.tar", access)
+    with pytest.raises(ShardError, match=r"inside.example is at 10.1.2.3, a private address"):
+        _connect("https://inside.example/x.tar", "inside.example", 443, may)
+    for address in ("127.0.0.1", "169.254.169.254"):
+        addresses["hub.example"] = address
+        with pytest.raises(ShardError, match=f"hub.example is at {address}.*write http://{address}/"):
+            _connect("https://hub.example/a/x.tar", "hub.example", 443, access)
+    assert len(connected) == 2

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -12,13 +13,14 @@ from tiny import caption, jpeg, tiny_config, write_data, write_frames
 from miles_fast.config import SourceConfig
 from miles_fast.data.augmentation import MEAN, STD, build_augmentation
 from miles_fast.data.batches import Quarantine
-from miles_fast.data.captions import build_vocabulary
 from miles_fast.data.clips import ClipDraw, read_clip
 from miles_fast.data.loader import EvaluationLoader, Loader
 from miles_fast.data.order import Share
 from miles_fast.data.sampling import View, sample_stream, training_view
 from miles_fast.data.shards import SampleError, ShardError, ShardSet
-from miles_fast.models.text_encoder import encode_captions, load_tokenizer
+from miles_fast.data.vocabulary import build_vocabulary
+from miles_fast.models.caption_tokens import CaptionEncoder
+from miles_fast.models.text_encoder import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -119,10 +121,12 @@ def test_a_batch_holds_its_samples_and_a_resumed_loader_the_same_ones(root):
         )
     keys = [key for batch in whole[:6] for key in batch.keys]
     assert sorted(keys) == [f"{i:04d}" for i in range(24)]
-    tokenizer = load_tokenizer(root / "tokenizer")
-    ids, attention = encode_captions(tokenizer, [caption(int(key)) for key in whole[0].keys], 8)
-    assert torch.equal(whole[0].token_ids_BL, torch.from_numpy(ids))
-    assert torch.equal(whole[0].attention_BL, torch.from_numpy(attention))
+    captions = [caption(int(key)) for key in whole[0].keys]
+    expected = load_tokenizer(root / "tokenizer")(
+        captions, padding="max_length", truncation=True, max_length=8, return_tensors="pt"
+    )
+    assert torch.equal(whole[0].token_ids_BL, expected["input_ids"])
+    assert torch.equal(whole[0].attention_BL, expected["attention_mask"])
 
 
 def test_ranks_split_the_batch(root):
@@ -225,8 +229,13 @@ def test_missing_shards_are_named(root, tmp_path):
 
 def test_captions_of_any_length_are_padded_or_cut(root):
     tokenizer = load_tokenizer(root / "tokenizer")
-    ids, attention = encode_captions(tokenizer, ["red dog", "red " * 10_000, "unheard-of"], 8)
-    assert ids.shape == attention.shape == (3, 8)
+    encode = pickle.loads(pickle.dumps(CaptionEncoder(tokenizer, 8)))
+    captions = ["red dog", "red " * 10_000, "unheard-of"]
+    ids, attention = encode(captions).swapaxes(0, 1)
+    expected = tokenizer(captions, padding="max_length", truncation=True, max_length=8, return_tensors="np")
+    assert np.array_equal(ids, expected["input_ids"])
+    assert np.array_equal(attention, expected["attention_mask"])
+    assert encode([]).shape == (0, 2, 8)
     assert attention.sum(1).tolist()[:2] == [4, 8]
     assert tokenizer.convert_ids_to_tokens(ids[1].tolist()) == ["[CLS]", *["red"] * 6, "[SEP]"]
 

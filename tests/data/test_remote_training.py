@@ -1,7 +1,9 @@
 """Training from a web server: the batches of local files, through a cache that is smaller than the set."""
 
+import contextlib
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -139,20 +141,42 @@ def test_a_bad_sample_is_replaced_from_its_window(web, tmp_path):
     assert sum(map(int.__ne__, found, expected)) == expected.count(6) == 3
 
 
-def test_evaluation_reads_remote_shards_in_order(web, tmp_path):
+def evaluation(web, folder, batch, **options):
     root, _ = web
-    config = remote(web, tmp_path / "cache", cache_gib=2 * SIZE / 2**30, shuffle_shards=1)
-    tokenizer = load_tokenizer(root / "tokenizer")
-    loader = EvaluationLoader(
+    config = remote(web, folder, shuffle_shards=1, **options)
+    return EvaluationLoader(
         config.data.train[0],
         config.data,
         image_size=32,
-        tokenizer=tokenizer,
-        batch=10,
+        tokenizer=load_tokenizer(root / "tokenizer"),
+        batch=batch,
         device=torch.device("cpu"),
     )
+
+
+@pytest.mark.parametrize("room", [1, 2, 9])
+def test_evaluation_reads_remote_shards_in_order(web, tmp_path, room):
+    _, server = web
+    before = server.gets()
+    loader = evaluation(web, tmp_path / "cache", 10, cache_gib=room * SIZE / 2**30)
     keys = [key for batch in loader.batches(Quarantine(None)) for key in batch.keys]
     assert keys == [f"{i:04d}" for i in range(48)]
+    if room > NUM_SHARDS:
+        assert server.gets() - before == NUM_SHARDS
+
+
+def test_evaluation_downloads_the_next_shard_meanwhile(web, tmp_path):
+    loader = evaluation(web, tmp_path / "cache", 1, cache_gib=9 * SIZE / 2**30)
+    with contextlib.closing(loader.batches(Quarantine(None))) as batches:
+        next(batches)  # a few samples more are asked for, but none of the second shard
+        deadline = time.monotonic() + 10
+        while len(held := [path.name[:5] for path in (tmp_path / "cache").glob("*.tar")]) < 2:
+            assert time.monotonic() < deadline, held
+            time.sleep(0.01)
+        assert sorted(held) == ["00000", "00001"]
+    loader = evaluation(web, tmp_path / "other", 1, cache_gib=9 * SIZE / 2**30)
+    assert len(list(loader.batches(Quarantine(None), range(6)))) == 6
+    assert [path.name[:5] for path in (tmp_path / "other").glob("*.tar")] == ["00000"]
 
 
 def test_a_cache_too_small_for_two_windows_is_named(web, tmp_path):

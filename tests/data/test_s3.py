@@ -6,6 +6,7 @@ from tiny import write_data, write_frames
 
 from miles_fast.data import downloads
 from miles_fast.data.locations import Access
+from miles_fast.data.preparation import PreparationError, PreparationOptions, prepare
 from miles_fast.data.remote_file import MissingError
 from miles_fast.data.shards import ShardError, build_index
 
@@ -77,3 +78,19 @@ def test_what_is_wrong_is_named(bucket, tmp_path, monkeypatch):
     store.pipe_file("bucket/set/changing.tar", b"two")
     with open(tmp_path / "x", "wb") as out, pytest.raises(ShardError, match="changing.tar: changed on the"):
         downloads.download(file, out, access(endpoint))
+
+
+def test_preparation_reads_what_a_pattern_matches(bucket, tmp_path, monkeypatch):
+    root, _, endpoint = bucket
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    options = PreparationOptions(workers=1, frames=2, short_side=32, samples_per_shard=6)
+    far = prepare(["s3://bucket/set/0000[0-2].tar", "s3://bucket/set/*3.tar"], tmp_path / "far", options)
+    near = prepare([str(root / "set/*.tar")], tmp_path / "near", options)
+    assert far.kept == 24 and len(far.shards) == 4
+    assert [path.read_bytes() for path in far.shards] == [path.read_bytes() for path in near.shards]
+    for name, said in (
+        ("9.tar", "set/9.tar: S3 answers .*AWS_ENDPOINT_URL"),
+        ("9*.tar", "matches nothing"),
+    ):
+        with pytest.raises(PreparationError, match=said):
+            prepare([f"s3://bucket/set/{name}"], tmp_path / "none", options)

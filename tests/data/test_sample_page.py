@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from data import malicious
 from PIL import Image
 
 from miles_fast.data import sample_page
 from miles_fast.data.preparation import PreparationOptions, prepare
+from miles_fast.data.sample_page import write_sample_page
 
 ROOT = Path(sample_page.__file__).resolve().parents[2]
 
@@ -59,3 +61,9 @@ def test_look_at_shards_that_exist(tar, tmp_path):
     again = subprocess.run([*command[:2], "absent.tar", *command[3:]], capture_output=True, text=True,
                            env={"PYTHONPATH": str(ROOT)}, timeout=60)  # fmt: skip
     assert again.returncode == 1 and again.stderr.startswith("prepare: no shard matches")
+
+
+def test_a_gigapixel_is_shown_as_its_problem(tmp_path):
+    page = tmp_path / "page.html"
+    write_sample_page([malicious.with_huge_image(tmp_path / "x.tar", "jpg", False)], page, seed="", about="")
+    assert "its header says 65535x65535 pixels" in page.read_text()

@@ -12,7 +12,7 @@ from tiny import ds_tree, tiny_config
 
 import miles_fast
 from miles_fast.config import ModelConfig, TextEncoderConfig
-from miles_fast.data.captions import build_vocabulary
+from miles_fast.data.vocabulary import build_vocabulary
 from miles_fast.export.pretrained import Pretrained, build_model, read_pretrained, with_frames
 from miles_fast.export.run import write_pretrained
 from miles_fast.models.dual_encoder import DualEncoder

@@ -40,6 +40,7 @@ def test_names_and_sizes_are_the_published_ones():
     [
         ("sdpa", torch.float64, 1e-6),
         ("sdpa", torch.float32, 2e-5),
+        ("eager", torch.float32, 2e-5),
         ("reference", torch.float32, 2e-5),
     ],
 )
@@ -102,11 +103,12 @@ def test_bf16_backends_on_the_gpu(backend, axis):
     assert (grads[1] - grads[0]).norm() <= 2 * (grads[2] - grads[0]).norm()
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("axis", ["time", "space"])
 @pytest.mark.parametrize("num_frames,positions", [(1, 4), (3, 5), (16, 2)])
-def test_sdpa_equals_the_definition_with_gradients(axis, num_frames, positions):
+def test_backends_equal_the_definition_with_gradients(backend, axis, num_frames, positions):
     qkv = torch.randn(2, 1 + num_frames * positions, 3, 2, 8, dtype=torch.float64, requires_grad=True)
-    ours = divided_attention(qkv, num_frames, axis, "sdpa")
+    ours = divided_attention(qkv, num_frames, axis, backend)
     reference = divided_attention_reference(qkv, num_frames, axis)
     torch.testing.assert_close(ours, reference, atol=1e-12, rtol=0)
     weight = torch.randn_like(ours)

@@ -1,0 +1,107 @@
+"""The video encoder alone, forward and backward, on pixels that lie on the device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from miles_fast.config import Config
+from miles_fast.models.flops import peak_flops, video_flops
+from miles_fast.models.video_encoder import SpaceTimeTransformer
+
+WARMUP = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRow:
+    """One way to run the encoder: milliseconds and model TFLOP/s of a pass, peak memory of the GPU."""
+
+    name: str
+    clips_per_second: float
+    milliseconds: float
+    tflops_per_second: float
+    mfu: float | None
+    memory_gib: float | None
+
+
+def measure_encoder(config: Config, batch: int, passes: int, device: torch.device) -> list[EncoderRow]:
+    """The encoder as configured, eager with SDPA, and as published (bf16, fp32), in the same run."""
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ways = [
+        ("as configured", config.model.attention, half, config.run.compile),
+        ("eager, SDPA", "sdpa", half, False),
+    ]
+    if half is torch.bfloat16:
+        ways.append(("as published, bf16", "eager", half, False))
+    ways.append(("as published, fp32", "eager", torch.float32, False))
+    return [_measure(config, batch, passes, device, *way) for way in ways]
+
+
+def _measure(
+    config: Config,
+    batch: int,
+    passes: int,
+    device: torch.device,
+    name: str,
+    attention: str,
+    dtype: torch.dtype,
+    compiled: bool,
+) -> EncoderRow:
+    torch.manual_seed(0)
+    frames, size = config.data.frames_per_clip, config.model.video.image_size
+    encoder = SpaceTimeTransformer(config.model.video, attention).to(device=device, dtype=dtype)
+    if compiled:
+        for block in encoder.blocks:
+            block.compile(dynamic=False)
+    video = torch.randn(batch, frames, 3, size, size, device=device, dtype=dtype)
+    weight = torch.randn(config.model.video.width, device=device, dtype=dtype)
+
+    def step() -> None:
+        encoder.zero_grad(set_to_none=True)
+        (encoder(video) @ weight).mean().backward()
+
+    for _ in range(WARMUP):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(passes):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / passes
+    blocks, patch = video_flops(config.model.video, frames)
+    rate = batch * (3 * blocks + 2 * patch) / seconds
+    peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    return EncoderRow(
+        name=name,
+        clips_per_second=batch / seconds,
+        milliseconds=1000 * seconds,
+        tflops_per_second=rate / 1e12,
+        mfu=rate / peak if peak else None,
+        memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+    )
+
+
+def table(rows: list[EncoderRow]) -> str:
+    """The rows for people, each with its speed against the first."""
+    columns = ("clips/s", "of first", "ms", "TFLOP/s", "MFU %", "GiB")
+    lines = [f"{'video encoder, forward + backward':<40}" + "".join(f"{column:>10}" for column in columns)]
+    for row in rows:
+        mfu = f"{100 * row.mfu:>10.1f}" if row.mfu else f"{'-':>10}"
+        memory = f"{row.memory_gib:>10.1f}" if row.memory_gib else f"{'-':>10}"
+        ratio = row.clips_per_second / rows[0].clips_per_second
+        lines.append(
+            f"{row.name:<40}{row.clips_per_second:>10.1f}{ratio:>10.2f}{row.milliseconds:>10.1f}"
+            f"{row.tflops_per_second:>10.2f}{mfu}{memory}"
+        )
+    return "\n".join(lines)
+
+
+def as_json(rows: list[EncoderRow]) -> list[dict[str, Any]]:
+    """The rows as plain dicts."""
+    return [asdict(row) for row in rows]

@@ -1,0 +1,62 @@
+"""Figures of a benchmark as one self-contained html page of bars."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light dark; --ink: light-dark(#1b1f24, #e6e8eb); --page: light-dark(#fff, #15181c);
+  --bar: light-dark(#9db4cc, #46607c); --first: light-dark(#1f6feb, #58a6ff) }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin-top: 2rem }
+dl { display: grid; grid-template-columns: minmax(8rem, 18rem) 1fr 5.5rem; gap: .35rem .8rem; margin: 0 }
+dt { overflow-wrap: anywhere } dd { margin: 0; align-self: center }
+dd.value { text-align: right; font-variant-numeric: tabular-nums }
+.bar { height: 1rem; background: var(--bar); border-radius: 2px } .first { background: var(--first) }
+@media (max-width: 34rem) { dl { grid-template-columns: 1fr 5.5rem } dt { grid-column: 1 / -1 } }
+"""
+
+
+def write_page(path: Path, head: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Write the page. `head` names machine, torch and batch; `figures` are throughput.py's by program."""
+    parts = [f"<h1>miles_fast on {html.escape(head['machine'])}</h1>"]
+    parts.append(f"<p>{head['batch']} clips a batch, torch {html.escape(head['torch'])}</p>")
+    for name, title in (("step", "Training step, clips/s"), ("model", "Video encoder, clips/s")):
+        if name in figures:
+            rows = [(row["name"], row["clips_per_second"]) for row in figures[name]]
+            parts.append(_bars(title, rows))
+            if any(row["mfu"] for row in figures[name]):
+                shares = [(row["name"], 100 * row["mfu"]) for row in figures[name]]
+                parts.append(_bars("Share of the GPU's peak in model FLOPs, %", shares, full=100))
+    if "parts" in figures:
+        parts.append(_bars("GPU time of a step by part, ms", list(figures["parts"].items())))
+    for name, title in (("loader", "Loader"), ("decoders", "Decoders"), ("spoiled", "Spoiled shards")):
+        rows = [
+            (key.replace("_", " "), value)
+            for key, value in figures.get(name, {}).items()
+            if key.endswith(("clips_per_second", "clips/s"))
+        ]
+        if rows:
+            parts.append(_bars(f"{title}, clips/s", rows))
+    body = "\n".join(parts)
+    path.write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>miles_fast throughput</title><style>{STYLE}</style><body>{body}</body></html>\n"
+    )
+
+
+def _bars(title: str, rows: Sequence[tuple[str, float]], full: float | None = None) -> str:
+    longest = full or max(value for _, value in rows)
+    lines = []
+    for number, (name, value) in enumerate(rows):
+        kind = "bar first" if number == 0 else "bar"
+        lines.append(
+            f'<dt>{html.escape(name)}</dt><dd><div class="{kind}" style="width:{100 * value / longest:.1f}%">'
+            f'</div></dd><dd class="value">{value:,.1f}</dd>'
+        )
+    return f"<h2>{html.escape(title)}</h2><dl>{''.join(lines)}</dl>"

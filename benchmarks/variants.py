@@ -1,0 +1,166 @@
+"""A step as configured beside other ways to run it: what people would otherwise have, and single losses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from energy import EnergyMeter
+from loader_stages import WARMUP
+
+from miles_fast.config import load_config
+from miles_fast.training.engine import check_ds_config
+from miles_fast.training.loop import pretrain
+from miles_fast.training.progress import read_log
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A change of the configured run: overrides, entries of DeepSpeed's json, ops in plain torch."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    ds: dict[str, Any] = field(default_factory=dict)
+    plain_ops: bool = False
+
+
+CONFIGURED = Variant(name="as configured")
+BASELINES = (
+    Variant(name="eager, SDPA", overrides=("run.compile=false", "model.attention=sdpa"), plain_ops=True),
+    Variant(
+        name="as published, bf16", overrides=("run.compile=false", "model.attention=eager"), plain_ops=True
+    ),
+    Variant(
+        name="as published, fp32",
+        overrides=("run.compile=false", "model.attention=eager"),
+        ds={"bf16": {"enabled": False}},
+        plain_ops=True,
+    ),
+)
+ABLATIONS = (
+    Variant(name="no torch.compile", overrides=("run.compile=false",)),
+    Variant(name="SDPA for the attention ops", overrides=("model.attention=sdpa",)),
+    Variant(name="plain gather and regression", plain_ops=True),
+    Variant(name="unfused AdamW", ds={"optimizer": {"params": {"fused": False}}}),
+    Variant(name="gradients summed in DeepSpeed's default dtype", ds={"data_types": {}}),
+    Variant(name="one reading process", overrides=("data.decode_workers=1",)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Medians over a run's log after the warm-up; what this machine cannot tell is None.
+
+    `batch` is smaller than configured where that did not fit the GPU's memory.
+    """
+
+    name: str
+    batch: int
+    clips_per_second: float
+    step_milliseconds: float
+    data_wait_milliseconds: float
+    mfu: float | None
+    memory_gib: float | None
+    joules_per_clip: float | None
+
+
+def measure_variants(
+    variants: Sequence[Variant], config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int
+) -> list[Row]:
+    """Train `steps` steps of each variant, one after the other in this process."""
+    rows = []
+    for variant in variants:
+        tree = _merged(ds_tree, variant.ds)
+        while True:
+            try:
+                rows.append(_measure(variant, config_file, overrides, tree, steps))
+                break
+            except torch.cuda.OutOfMemoryError:
+                batch = tree["train_micro_batch_size_per_gpu"]
+                if batch == 1:
+                    raise
+            tree["train_micro_batch_size_per_gpu"] = batch // 2
+    return rows
+
+
+def _measure(variant: Variant, config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int) -> Row:
+    cuda = torch.cuda.is_available()
+    gc.collect()
+    torch._dynamo.reset()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder, _ops(plain=variant.plain_ops):
+        run = [f"run.steps={steps}", f"run.folder={folder}/run", "run.log_every=5"]
+        config = load_config(config_file, [*overrides, *variant.overrides, *run])
+        settings = check_ds_config(ds_tree, "ds config", config, cuda=cuda, ranks=1)
+        meter = EnergyMeter(WARMUP * settings.accumulation)
+        pretrain(config, settings, deal=meter.deal)
+        records = [r for r in read_log(Path(config.run.folder)) if "loss" in r and r["step"] > WARMUP]
+    names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
+    medians = {
+        name: statistics.median(r[name] for r in records) if name in records[0] else None for name in names
+    }
+    joules = meter.joules_per_batch
+    return Row(
+        name=variant.name,
+        batch=settings.batch,
+        joules_per_clip=None if joules is None else joules / settings.batch,
+        **medians,
+    )
+
+
+@contextlib.contextmanager
+def _ops(*, plain: bool) -> Iterator[None]:
+    """With `plain`, gather and regression run their plain-torch definitions."""
+    with contextlib.ExitStack() as stack:
+        for op in ("token_gather", "feature_regression") if plain else ():
+            stack.enter_context(mock.patch(f"miles_fast.kernels.{op}.runs_triton", return_value=False))
+        yield
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(tree)
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and value and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for people, each with its speed against the first."""
+    columns = ("batch", "clips/s", "of first", "ms", "data ms", "MFU %", "GiB", "J/clip")
+    lines = [f"{'':<46}" + "".join(f"{column:>10}" for column in columns)]
+    for row in rows:
+        shown = (
+            row.batch,
+            row.clips_per_second,
+            row.clips_per_second / rows[0].clips_per_second,
+            row.step_milliseconds,
+            row.data_wait_milliseconds,
+            None if row.mfu is None else 100 * row.mfu,
+            row.memory_gib,
+            row.joules_per_clip,
+        )
+        lines.append(f"{row.name:<46}" + "".join(map(_cell, shown)))
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return f"{'-':>10}"
+    return f"{value:>10}" if isinstance(value, int) else f"{value:>10.2f}"
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as plain dicts."""
+    return [asdict(row) for row in rows]
