@@ -48,6 +48,8 @@ def write_pretrained(found: Pretrained, target: Target, output: str | Path) -> t
         raise ValueError(f"--output {output}: --to {target} writes one file; name it *{suffix}")
     if not suffix and output.is_file():
         raise ValueError(f"--output {output} is a file; --to {target} writes a folder")
+    if not suffix and not _may_be_replaced(output):
+        raise ValueError(f"--output {output} holds other files, which would be lost; name a new folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     if target == "safetensors":
         write_model(output, found.weights, config, found.vocabulary_size, found.tokenizer)
@@ -79,3 +81,11 @@ def write_pretrained(found: Pretrained, target: Target, output: str | Path) -> t
     write(found, output)
     frames = config.video.num_frames
     return output, f"both encoders for any batch, clips of {frames} frames (--frames for others)"
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether it is not there, empty, or an earlier export; a run's folder is none."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return True
+    marks = (("model.json",), ("inputs.json",), ("config.json", "model.safetensors"))
+    return any(all((folder / name).is_file() for name in mark) for mark in marks)

@@ -288,6 +288,18 @@ def test_other_mistakes_name_the_file_and_the_remedy(ours, data, tmp_path):
         read_pretrained(tmp_path / "narrow.pth", "official", tokenizer=str(data / "tokenizer"))
 
 
+def test_a_folder_of_other_files_is_never_replaced(ours, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for target in ("safetensors", "hf", "pt2"):
+        with pytest.raises(ValueError, match="holds other files, which would be lost"):
+            write_pretrained(read_pretrained(ours), target, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+    for target in ("safetensors", "hf", "safetensors"):
+        write_pretrained(read_pretrained(ours), target, tmp_path / "export")
+    assert (tmp_path / "export" / "model.json").is_file() and not (tmp_path / "export" / "README.md").exists()
+
+
 def test_hugging_face_loads_it_by_its_own_classes(ours, tmp_path):
     from PIL import Image
 
