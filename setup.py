@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 DALI = ["nvidia-dali-cuda130>=2.4,<2.5"]
 REMOTE = ["s3fs>=2025.3"]  # for s3: only; https: needs nothing
+ONNX = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.23"]
+SEARCH = ["faiss-cpu>=1.11", "pyarrow>=18"]  # faster search; parquet
 setup(
     name="miles-fast",
     version="0.1.0",
@@ -16,6 +18,7 @@ setup(
     # kernels/ stays at the top level without an __init__.py: Hugging Face has a package of that name.
     packages=[*find_packages(include=["miles_fast", "miles_fast.*"]), "miles_fast.kernels"],
     package_dir={"miles_fast.kernels": "kernels"},
+    package_data={"miles_fast.export": ["report.css"]},
     install_requires=[
         "torch>=2.11,<2.14",
         'triton>=3.6,<3.8; platform_system=="Linux"',
@@ -35,7 +38,12 @@ setup(
     extras_require={
         "dali": DALI,
         "gpu": [*DALI, "flash-attn-4[cu13]>=4.0.0b36,<5"],
+        "onnx": ONNX,
         "remote": REMOTE,
-        "test": ["pytest", "pytest-timeout", "ruff", *REMOTE, "moto[s3]>=5,<6", "flask", "flask-cors"],
+        "search": SEARCH,
+        "test": [
+            *("pytest", "pytest-timeout", "ruff", "moto[s3]>=5,<6", "flask", "flask-cors"),
+            *(*REMOTE, *ONNX, *SEARCH),
+        ],
     },
 )

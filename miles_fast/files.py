@@ -1,19 +1,30 @@
-"""Files that are whole or not there at all."""
+"""Files and folders that are whole or not there at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write text aside, flush it to the disk and rename it into place. Raises OSError, `path` untouched."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which is flushed to the disk and renamed to `path` when the block ends well.
+
+    After an error `path` is as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        flush_to_disk(partial)
         os.replace(partial, path)
         flush_to_disk(path.parent)
     finally:
@@ -27,3 +38,25 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write to, which takes the place of `folder` when the block ends well.
+
+    After an error `folder` is as it was; an OSError then says so.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{folder}: cannot be written ({error.strerror}); nothing was changed"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

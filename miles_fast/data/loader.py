@@ -150,6 +150,11 @@ class EvaluationLoader:
     def __len__(self) -> int:
         return len(self._shards)
 
+    @property
+    def shards(self) -> ShardSet:
+        """Where the samples are, by number: their keys and captions."""
+        return self._shards
+
     def batches(self, quarantine: Quarantine, samples: range | None = None) -> Iterator[Batch]:
         """Batches of `samples` (default: all); unreadable ones are counted and left out, never scored as
         misses."""

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miles_fast.config import ModelConfig, TextEncoderConfig
-from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.text_encoder import build_text_encoder
 from miles_fast.models.video_encoder import SpaceTimeTransformer, image_weights, load_image_weights
 
@@ -57,21 +56,6 @@ class DualEncoder(nn.Module):
         """Normalised pixels (B, T, 3, H, W) -> clips in the shared space, not normalised: (B, E)."""
         cls_B1 = torch.zeros(video_BTCHW.shape[0], 1, dtype=torch.long, device=video_BTCHW.device)
         return self.vid_proj(self.video_model(video_BTCHW, rows_BM=cls_B1)[:, 0])
-
-    @torch.inference_mode()
-    def encode_video(self, video_BTCHW: Tensor) -> Tensor:
-        """Unit embeddings (B, E) of clips: float (B, T, 3, H, W), normalised as `data.augmentation` does."""
-        return unit(self.embed_video(video_BTCHW.to(self.vid_proj[0].weight.device)))
-
-    @torch.inference_mode()
-    def encode_text(self, captions: list[str], length: int = 32) -> Tensor:
-        """Unit embeddings (B, E) of captions, cut at `length` tokens; for a model loaded from a folder."""
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: load it with miles_fast.load(folder)")
-        device = self.vid_proj[0].weight.device
-        length = min(length, self.config.text.max_positions)
-        tokens_B2L = torch.from_numpy(CaptionEncoder(self.tokenizer, length)(captions)).to(device)
-        return unit(self.embed_text(*tokens_B2L.unbind(1)))
 
 
 def unit(x: Tensor) -> Tensor:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from miles_fast.config import ModelConfig, parse_model, to_dict
+from miles_fast.files import whole_folder
 from miles_fast.models.dual_encoder import DualEncoder
 from miles_fast.models.text_encoder import load_tokenizer
 
@@ -24,24 +22,13 @@ def write_model(
     folder: Path, weights: dict[str, Tensor], config: ModelConfig, vocabulary_size: int, tokenizer_source: str
 ) -> None:
     """Write a model folder aside and rename it into place; an existing folder of that name is replaced."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as partial:
         state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
         description = {"format": FORMAT, "model": to_dict(config), "vocabulary_size": vocabulary_size}
         description["model"]["text"]["tokenizer"] = "tokenizer"
         (partial / "model.json").write_text(json.dumps(description, indent=2) + "\n")
         load_tokenizer(tokenizer_source).save_pretrained(partial / "tokenizer")
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            error.errno, f"{folder}: cannot be written ({error.strerror}); nothing was changed"
-        ) from error
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
 
 
 def read_description(folder: Path) -> tuple[ModelConfig, int]:
@@ -71,9 +58,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: DualEncoder, weights: dict[str, Tensor], source: str) -> None:
-    """Copy weights into a model, strictly. Raises ValueError listing missing, unknown and misshapen keys."""
-    own = model.state_dict()
+    """Copy weights into a model, strictly. Raises ValueError as `check_weights` does."""
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(PRETRAINING)}
+    check_weights(model, weights, source)
+    model.load_state_dict(weights)
+
+
+def check_weights(model: DualEncoder, weights: dict[str, Tensor], source: str) -> None:
+    """Raise ValueError listing missing, unknown and misshapen keys, when there are any."""
+    own = model.state_dict()
     problems = [f"missing {name}" for name in own if name not in weights]
     problems += [f"unknown {name}" for name in weights if name not in own]
     problems += [
@@ -84,14 +77,3 @@ def load_weights(model: DualEncoder, weights: dict[str, Tensor], source: str) ->
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{source} is of another architecture: {'; '.join(problems[:8])}{more}")
-    model.load_state_dict(weights)
-
-
-def read_model(folder: str | Path, device: str | torch.device = "cpu") -> DualEncoder:
-    """The model of a folder, float32, in evaluation mode. Raises ValueError for a folder that holds none."""
-    folder = Path(folder)
-    config, vocabulary_size = read_description(folder)
-    model = DualEncoder(config, vocabulary_size)
-    load_weights(model, read_weights(folder), str(folder))
-    model.tokenizer = load_tokenizer(folder / "tokenizer")
-    return model.to(device).eval()

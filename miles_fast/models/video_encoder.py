@@ -178,10 +178,14 @@ class SpaceTimeTransformer(nn.Module):
 
     def temporal_table(self, num_frames: int) -> Tensor:
         """Rows of `temporal_embed` for a clip, (T, D): the first T, or interpolated linearly beyond them."""
-        table = self.temporal_embed[0]
-        if num_frames <= table.shape[0]:
-            return table[:num_frames]
-        return F.interpolate(table.T[None], size=num_frames, mode="linear", align_corners=False)[0].T
+        return temporal_rows(self.temporal_embed[0], num_frames)
+
+
+def temporal_rows(table_TD: Tensor, num_frames: int) -> Tensor:
+    """A temporal table of `num_frames` rows: the first ones, or interpolated linearly beyond its own."""
+    if num_frames <= table_TD.shape[0]:
+        return table_TD[:num_frames]
+    return F.interpolate(table_TD.T[None], size=num_frames, mode="linear", align_corners=False)[0].T
 
 
 def image_weights(source: str) -> dict[str, Tensor]:

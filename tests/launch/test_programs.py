@@ -39,6 +39,8 @@ def test_train_export_and_evaluate(experiment):
     assert (experiment / "run" / "checkpoints" / "latest").read_text() == "step-00000002\n"
     exported = experiment / "exported"
     call(sys.executable, "launch/export.py", str(experiment / "run"), "--output", str(exported))
+    run = call(sys.executable, "launch/report.py", str(experiment / "run"), "--maps", "1")
+    assert "report.html: 0." in run.stdout and (experiment / "run" / "report.html").is_file()
     assert (exported / "model.safetensors").is_file()
     shards = str(experiment / "heldout" / "*.tar")
     run = call(
@@ -55,6 +57,10 @@ def test_train_export_and_evaluate(experiment):
         (("launch/pretrain.py", "--ds_config", "ds.json", "run.stepz=3"), "did you mean 'steps'?"),
         (("launch/pretrain.py", "--ds_config", "nowhere.json"), "nowhere.json: cannot be read"),
         (("launch/export.py", "nowhere", "--output", "x"), "nowhere: no checkpoint there"),
+        (("launch/export.py", "no.pth", "--output", "x", "--from", "official"), "no.pth: no such file"),
+        (("launch/embed.py", "nowhere", "--shards", "x", "--output", "y"), "nowhere: no checkpoint there"),
+        (("launch/search.py", "a dog", "--index", "nowhere"), "nowhere/set.json: cannot be read"),
+        (("launch/report.py", "nowhere"), "nowhere: no config.json there"),
         (("launch/evaluate.py", "nowhere", "--shards", "x"), "nowhere: no checkpoint there"),
         (("launch/prepare.py", "nowhere-*.tar", "--output", "x"), "nowhere-*.tar"),
     ],
