@@ -229,13 +229,18 @@ class MethodConfig:
 
 @dataclass(**_OPTIONS)
 class RunConfig:
-    """The run itself. `steps` are optimizer steps; `init_from` is an exported folder or another run."""
+    """The run itself. `steps` are optimizer steps; `init_from` is an exported folder or another run.
+
+    With a `patience` the best model by the R-sum on the first evaluation set is kept in RUN/best, and the run
+    ends after so many evaluations without a better one; 0 trains all steps.
+    """
 
     folder: str
     steps: int = Field(ge=1)
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
     evaluate_every: int = Field(default=0, ge=0)
+    patience: int = Field(default=0, ge=0)
     save_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     init_from: str | None = None
@@ -252,6 +257,10 @@ class Config:
     method: MethodConfig = Field(default_factory=MethodConfig)
 
     def __post_init__(self) -> None:
+        if self.run.patience and not (self.run.evaluate_every and self.data.evaluation):
+            raise ValueError(
+                f"run.patience = {self.run.patience} needs run.evaluate_every and a set in data.evaluation"
+            )
         if self.data.caption_tokens > self.model.text.max_positions:
             raise ValueError(
                 f"data.caption_tokens {self.data.caption_tokens} exceeds model.text.max_positions "

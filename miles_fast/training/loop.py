@@ -29,6 +29,7 @@ from miles_fast.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
+from miles_fast.training.early_stopping import EarlyStopping, Verdict
 from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
 from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.objective import Losses, Objective
@@ -132,9 +133,14 @@ def _train(
     evaluate: Evaluate | None,
 ) -> None:
     meter = Meter(config, loader.share, device)
+    stopping = None
+    if config.run.patience:
+        watched = config.data.evaluation[0].name
+        stopping = EarlyStopping(run, watched, config.run.patience, config.run.evaluate_every)
     engine.train()
     for step in range(first_step + 1, config.run.steps + 1):
         last = step == config.run.steps
+        verdict = Verdict(improved=False, stop=False)
         logs = step % config.run.log_every == 0 or step == first_step + 1 or last
         for _ in range(settings.accumulation):
             waiting = time.perf_counter()
@@ -155,10 +161,17 @@ def _train(
             with torch.compiler.set_stance("force_eager"):
                 result = evaluate(engine.module.model, device)
             log.write(step, {"evaluation": result})
+            if stopping is not None:
+                verdict = stopping.judge(step, result)
             meter.pause()
-        if step % config.run.save_every == 0 or last:
-            save_checkpoint(run, step, engine, snapshot, config)
+        if step % config.run.save_every == 0 or last or verdict.improved or verdict.stop:
+            checkpoint = save_checkpoint(run, step, engine, snapshot, config)
+            if stopping is not None and verdict.improved and rank() == 0:
+                stopping.keep(checkpoint / "student", step, result)
             meter.pause()
+        if verdict.stop:
+            logger.info("no better evaluation for %d evaluations: stopped", config.run.patience)
+            break
     barrier()
 
 
