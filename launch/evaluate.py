@@ -1,10 +1,10 @@
 """Measure a model: retrieval on shards, or a benchmark by its pinned protocol.
 
 python launch/evaluate.py MODEL --shards 'DIR/*.tar'
-python launch/evaluate.py MODEL --protocol msrvtt_1ka --data MSRVTT   # or torchrun --nproc_per_node 8 launch/...
+python launch/evaluate.py MODEL --protocol msrvtt_1ka --data MSRVTT   # or torchrun --nproc_per_node 8 ...
 python launch/evaluate.py MODEL --protocol ucf101 --data UCF101 --probe
 python launch/evaluate.py --protocol msrvtt_1ka --about               # where its files come from
-python launch/evaluate.py --protocol didemo --data DIDEMO --part train --list train.json  # for launch/prepare.py
+python launch/evaluate.py --protocol didemo --data DIDEMO --part train --list train.json   # for prepare.py
 """
 
 from __future__ import annotations

@@ -231,7 +231,8 @@ class MethodConfig:
 class RunConfig:
     """The run itself. `steps` are optimizer steps; `init_from` is an exported folder or another run.
 
-    With a `patience` the best model by the R-sum on the first evaluation set is kept in RUN/best, and the run
+    `freeze` are prefixes of published weight names (video_model.blocks.0., say) that are not trained. With a
+    `patience` the best model by the R-sum on the first evaluation set is kept in RUN/best, and the run
     ends after so many evaluations without a better one; 0 trains all steps.
     """
 
@@ -244,6 +245,7 @@ class RunConfig:
     save_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     init_from: str | None = None
+    freeze: list[str] = Field(default_factory=list)
     compile: bool = False
 
 

@@ -177,7 +177,7 @@ def kinetics(path: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def ssv2_templates(path: Path, classes: list[str]) -> dict[str, int]:
-    """SSV2's validation json, `[{"id", "label", "template", "placeholders"}]`: its template's number by id."""
+    """SSV2's validation json, `[{"id", "label", "template", ...}]`: its template's number by id."""
     found: dict[str, int] = {}
     numbers = {name: number for number, name in enumerate(classes)}
     for number, entry in enumerate(_list(path), start=1):

@@ -66,6 +66,7 @@ def pretrain(
     )
     if config.run.init_from and not checkpoint:
         _initialize(objective, config.run.init_from)
+    _freeze(objective.model, config.run.freeze)
     snapshot = None
     if config.method.view != "none":
         snapshot = Snapshot(
@@ -258,6 +259,16 @@ def _initialize(objective: Objective, source: str) -> None:
         {n: t for n, t in extra.items() if n in own and own[n].shape == t.shape}, strict=False
     )
     logger.info("initialised from %s", place)
+
+
+def _freeze(model: DualEncoder, prefixes: list[str]) -> None:
+    """Leave weights as they are. Raises ValueError for a prefix that no weight has."""
+    for prefix in prefixes:
+        frozen = [weight for name, weight in model.named_parameters() if name.startswith(prefix)]
+        if not frozen:
+            raise ValueError(f"run.freeze: no weight's name begins with {prefix!r}")
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def _prepare_folder(run: Path, config: Config, *, keep: bool) -> None:

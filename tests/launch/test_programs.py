@@ -7,18 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from tiny import ds_tree, tiny_tree, write_data
+
+from miles_fast.training.checkpoint import model_folder
 
 ROOT = Path(__file__).parents[2]
 
 
-def call(*command, check=True):
+def call(*command, check=True, cwd=ROOT):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)  # an engine test in this process may have set them
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
     assert not check or run.returncode == 0, run.stderr[-3000:]
     return run
 
@@ -49,9 +53,60 @@ def test_train_export_and_evaluate(experiment):
     assert json.loads((experiment / "metrics.json").read_text())["gallery"] == 10
 
 
+def test_finetune_from_a_run_and_evaluate_its_best_by_a_protocol(experiment, tmp_path):
+    start = experiment / "started"
+    train = (sys.executable, "launch/pretrain.py", "--ds_config", str(experiment / "ds.json"))
+    call(*train, "--config", str(experiment / "tiny.yaml"), f"run.folder={start}", "run.steps=1")
+    tree = tiny_tree(experiment)
+    run = {"folder": str(tmp_path / "run"), "steps": 4, "evaluate_every": 2, "patience": 3}
+    tree |= {"run": run, "method": {"view": "none"}}
+    del tree["model"]
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(tree))
+    finetune = (sys.executable, "launch/finetune.py", "--ds_config", str(experiment / "ds.json"))
+    finetune += ("--config", str(tmp_path / "finetune.yaml"))
+    call(*finetune, "--model", str(start), "run.freeze=[video_model.patch_embed]")
+    best = tmp_path / "run" / "best"
+    assert json.loads((best / "best.json").read_text())["step"] in (2, 4)
+    before, after = (load_file(model_folder(f) / "model.safetensors") for f in (start, best))
+    assert torch.equal(*(w["video_model.patch_embed.proj.weight"] for w in (before, after)))
+    assert not torch.equal(*(w["video_model.blocks.0.attn.qkv.weight"] for w in (before, after)))
+
+    error = call(*finetune, check=False).stderr
+    assert "key 'model' is missing" in error and "Traceback" not in error
+    error = call(*finetune, "--model", str(start), "method.view=A", check=False).stderr
+    assert "method.view = A: fine-tuning contrasts full clips" in error
+    error = call(*finetune, "--model", str(start), "run.freeze=[video.blocks]", check=False).stderr
+    assert "run.freeze: no weight's name begins with 'video.blocks'" in error
+
+    (tmp_path / "data").mkdir()
+    protocol = (
+        sys.executable,
+        str(ROOT / "launch/evaluate.py"),
+        str(best),
+        "--protocol",
+        "msvd",
+        "--data",
+        "data",
+    )
+    error = call(*protocol, check=False, cwd=tmp_path).stderr
+    assert "annotation file missing: AllVideoDescriptions.txt or msvd_caption_test.json" in error
+    names = [f"vid_{number}.mp4" for number in range(670)]
+    (tmp_path / "data" / "msvd_caption_test.json").write_text(
+        json.dumps([{"video": name, "caption": ["a dog"]} for name in names])
+    )
+    error = call(*protocol, check=False, cwd=tmp_path).stderr
+    assert "another split of the same size" in error and "Traceback" not in error
+
+
 @pytest.mark.parametrize(
     "command,message",
     [
+        (
+            ("launch/evaluate.py", "--protocol", "msrvtt", "--about"),
+            "expected one of msrvtt_1ka, msrvtt_full",
+        ),
+        (("launch/evaluate.py", "m", "--protocol", "msvd", "--data", "nowhere"), "nowhere: no such folder"),
+        (("launch/evaluate.py", "--protocol", "ucf101", "--list", "x"), "--list is for retrieval"),
         (("launch/pretrain.py", "--ds_config", "ds.json", "run.stepz=3"), "did you mean 'steps'?"),
         (("launch/pretrain.py", "--ds_config", "nowhere.json"), "nowhere.json: cannot be read"),
         (("launch/export.py", "nowhere", "--output", "x"), "nowhere: no checkpoint there"),

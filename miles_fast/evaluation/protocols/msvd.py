@@ -20,8 +20,8 @@ PROTOCOL = Protocol(
     task="retrieval",
     source="AllVideoDescriptions.txt and YouTubeClips.tar of "
     "https://www.cs.utexas.edu/users/ml/clamp/videoDescription/; train_list.txt, val_list.txt, test_list.txt "
-    "of https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msvd_data.zip (its captions are a pickle, "
-    "which is not read; msvd_caption_test.json: [{video, caption: [...]}] is, for test)",
+    "of https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msvd_data.zip (a pickle of captions is "
+    "not read; msvd_caption_test.json: [{video, caption: [...]}] is, for test)",
     metric="R@1 / R@5 / R@10 / median rank, text to video, every caption a query among 670 videos",
     read=read,
     # Published caption counts differ by cleaning (27,763 in CLIP4Clip's): the videos are pinned.
