@@ -56,7 +56,12 @@ def _config(path: str, model: str | None, overrides: list[str]) -> Config:
         architecture = to_dict(read_description(folder)[0])
         architecture["text"]["tokenizer"] = str(folder / "tokenizer")
         start = [f"run.init_from={json.dumps(model)}", f"model={json.dumps(architecture)}"]
-    config = load_config(path, [*start, *overrides])
+    try:
+        config = load_config(path, [*start, *overrides])
+    except ConfigError as error:
+        if model is None and "key 'model' is missing" in str(error):
+            raise ConfigError(f"{error}; name the model to start from with --model") from None
+        raise
     pretrained = config.run.init_from or (config.model.video.weights and config.model.text.weights)
     if not pretrained:
         raise ConfigError(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = 0.2  # of the training features, to choose the penalty
 
 
@@ -18,7 +18,7 @@ def fit_probe(features_ND: Tensor, labels_N: Tensor, num_classes: int, penalty: 
     inputs = torch.cat([features_ND.double(), features_ND.new_ones(len(features_ND), 1).double()], dim=1)
     weights = torch.zeros(num_classes, inputs.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weights], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        [weights], max_iter=200, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:

@@ -65,12 +65,13 @@ class Protocol:
         """
         found = self.read(folder, part, fold)
         key = f"{part}{fold or ''}"
-        self._check(found, key, folder)
+        self.check(found, key, folder)
         files = folder.videos(found.videos)
         there = [number for number, file in enumerate(files) if file is not None]
         return select(found, there), [file for file in files if file is not None]
 
-    def _check(self, found: Split, key: str, folder: DataFolder) -> None:
+    def check(self, found: Split, key: str, folder: DataFolder) -> None:
+        """Raise ValueError where a split (`key`: its part and fold) is not the pinned one."""
         pinned = self.pinned.get(key)
         if pinned is None:
             return

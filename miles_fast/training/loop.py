@@ -66,7 +66,7 @@ def pretrain(
     )
     if config.run.init_from and not checkpoint:
         _initialize(objective, config.run.init_from)
-    _freeze(objective.model, config.run.freeze)
+    _freeze(objective.model, config.run.freeze, settings.stage)
     snapshot = None
     if config.method.view != "none":
         snapshot = Snapshot(
@@ -261,8 +261,10 @@ def _initialize(objective: Objective, source: str) -> None:
     logger.info("initialised from %s", place)
 
 
-def _freeze(model: DualEncoder, prefixes: list[str]) -> None:
-    """Leave weights as they are. Raises ValueError for a prefix that no weight has."""
+def _freeze(model: DualEncoder, prefixes: list[str], stage: int) -> None:
+    """Leave weights as they are. Raises ValueError for a prefix that no weight has, and at ZeRO-3."""
+    if prefixes and stage == 3:
+        raise ValueError("run.freeze: ZeRO-3 does not give frozen weights back whole; use stage 0, 1 or 2")
     for prefix in prefixes:
         frozen = [weight for name, weight in model.named_parameters() if name.startswith(prefix)]
         if not frozen:

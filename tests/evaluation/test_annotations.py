@@ -30,7 +30,7 @@ def test_the_real_msrvtt_and_msvd_are_the_pinned_splits(real):
         protocol = find_protocol(name)
         split = protocol.read(DataFolder(real), "test", 0)
         assert (len(split.videos), sum(map(len, split.captions))) == (videos, captions)
-        protocol._check(split, "test", DataFolder(real))
+        protocol.check(split, "test", DataFolder(real))
         assert digest(split.videos) == protocol.pinned["test"].names_sha256
     assert split.videos[0] == "eyhzdC936uk_15_27.avi" and split.captions[0][0] == "a boy playing with dog."
 
@@ -48,7 +48,7 @@ def test_the_official_msrvtt_json_gives_what_the_list_of_captions_gives(real, tm
     split = find_protocol("msrvtt_full").read(folder, "test", 0)
     assert split.videos == names
     assert [sorted(said) for said in split.captions] == [sorted(entry["caption"]) for entry in listed]
-    find_protocol("msrvtt_full")._check(split, "test", folder)
+    find_protocol("msrvtt_full").check(split, "test", folder)
 
 
 def test_a_shortened_or_other_split_is_refused(real, tmp_path):

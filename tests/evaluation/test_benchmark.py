@@ -54,7 +54,8 @@ def model(tmp_path_factory):
     write_data(root, 2)
     torch.manual_seed(0)
     tokenizer = load_tokenizer(root / "tokenizer")
-    model = build_dual_encoder(tiny_config(root).model, len(tokenizer)).eval()
+    config = dataclasses.replace(tiny_config(root).model, attention="sdpa")
+    model = build_dual_encoder(config, len(tokenizer)).eval()
     model.tokenizer = tokenizer
     return model
 

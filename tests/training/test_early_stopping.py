@@ -44,7 +44,8 @@ def train(root, folder, values, steps=12, resume=None):
     """A tiny run whose evaluations every 2 steps are these, one after the other."""
     left = iter(values)
     run = {"folder": str(folder), "steps": steps, "evaluate_every": 2, "patience": 2, "save_every": 2}
-    config = tiny_config(root, run={**run, "keep_checkpoints": 9}, method={"view": "none"})
+    run["keep_checkpoints"] = 9
+    config = tiny_config(root, run=run, method={"view": "none"}, model={"attention": "sdpa"})
     settings = check_ds_config(ds_tree(), "ds.json", config, cuda=False, ranks=1)
     pretrain(config, settings, resume=resume, evaluate=lambda model, device: result(next(left)))
     return [record["step"] for record in read_log(Path(folder)) if "evaluation" in record]
@@ -75,3 +76,9 @@ def test_a_resumed_run_remembers_the_best(root, tmp_path):
 def test_patience_without_evaluations_is_refused(root):
     with pytest.raises(ConfigError, match="run.patience = 3 needs run.evaluate_every and a set"):
         tiny_config(root, run={"folder": "x", "steps": 4, "patience": 3})
+
+
+def test_a_frozen_name_that_no_weight_has_is_refused(root, tmp_path):
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "freeze": ["video.blocks"]})
+    with pytest.raises(ValueError, match="run.freeze: no weight's name begins with 'video.blocks'"):
+        pretrain(config, check_ds_config(ds_tree(), "ds.json", config, cuda=False, ranks=1))
