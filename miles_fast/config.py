@@ -231,9 +231,9 @@ class MethodConfig:
 class RunConfig:
     """The run itself. `steps` are optimizer steps; `init_from` is an exported folder or another run.
 
-    `freeze` are prefixes of published weight names (video_model.blocks.0., say) that are not trained; ZeRO-3 takes none. With a
-    `patience` the best model by the R-sum on the first evaluation set is kept in RUN/best, and the run
-    ends after so many evaluations without a better one; 0 trains all steps.
+    `freeze`: prefixes of published weight names (video_model.blocks.0., say) that are not trained; ZeRO-3
+    takes none. With a `patience` the best model by the R-sum on the first evaluation set is kept in RUN/best,
+    and the run ends after so many evaluations without a better one; 0 trains all steps.
     """
 
     folder: str

@@ -53,9 +53,7 @@ def measure(protocol: Protocol, folder: DataFolder, embedder: Embedder, *, dual:
         for frames in protocol.frames:
             found, bad = embedder.videos(files, frames)
             unreadable |= {one.key: one for one in bad}
-            readable = [n for n, row in enumerate(found) if not row.isnan().any()]
-            if not readable:
-                raise ValueError(f"{folder.root}: none of {len(files)} videos can be read: {bad[0].message}")
+            readable = _readable(files, bad)
             part, rows = select(split, readable), found[readable]
             fold_figures, chance = _score(protocol, embedder, part, files, readable, rows, frames, dual)
             for name, values in fold_figures.items():
@@ -107,6 +105,15 @@ def _score(
     return figures, {k: min(int(k[4:]) / len(split.classes), 1.0) for k in ("top-1", "top-5")}
 
 
+def _readable(files: list[VideoFile], bad: list[BadSample]) -> list[int]:
+    """Numbers of the files that could be read. Raises ValueError when none could."""
+    unreadable = {one.key for one in bad}
+    readable = [number for number, file in enumerate(files) if file.key not in unreadable]
+    if not readable:
+        raise ValueError(f"none of {len(files)} videos can be read: {bad[0].message}")
+    return readable
+
+
 def measure_probe(protocol: Protocol, folder: DataFolder, embedder: Embedder, frames: int) -> Measurement:
     """A linear probe on the features of a protocol of actions, the mean of its folds; all ranks must call it.
 
@@ -123,9 +130,7 @@ def measure_probe(protocol: Protocol, folder: DataFolder, embedder: Embedder, fr
             split, files = protocol.split(folder, part, fold)
             found, bad = embedder.videos(files, frames, projected=False)
             unreadable |= {one.key: one for one in bad}
-            readable = [n for n, row in enumerate(found) if not row.isnan().any()]
-            if not readable:
-                raise ValueError(f"{folder.root}: none of {len(files)} videos can be read: {bad[0].message}")
+            readable = _readable(files, bad)
             features.append(found[readable])
             splits.append(select(split, readable))
         train, test = splits

@@ -13,8 +13,11 @@ def best_ranks(similarity_QG: Tensor, query_labels_Q: Tensor, gallery_labels_G: 
 
     rank = 1 + (other items above the best answer) + (other items equal to it) / 2, where other items are
     those that do not answer the query: several right answers do not push each other down, and a constant
-    model scores chance. Raises ValueError when a query has no answer in the gallery.
+    model scores chance. Raises ValueError when a query has no answer in the gallery, and for similarities
+    that are not finite, which nothing would rank above.
     """
+    if not similarity_QG.isfinite().all():
+        raise ValueError("similarities are not finite: the model gives NaN or infinite embeddings")
     ranks = []
     for start in range(0, len(similarity_QG), ROWS):
         rows = similarity_QG[start : start + ROWS]

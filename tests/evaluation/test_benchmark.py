@@ -230,6 +230,19 @@ def test_reversed_frames_are_another_clip(model, folder):
     assert (turned[0] - turned[1]).abs().max() > 1e-3
 
 
+def test_templates_are_measured_forwards_and_backwards(model, folder):
+    names = {"Lifting [something]": "0", "Pushing [something]": "1"}
+    (folder / "labels.json").write_text(json.dumps(names))
+    entries = [{"id": f"film_{n}", "template": list(names)[n % 2]} for n in range(5)]
+    (folder / "validation.json").write_text(json.dumps(entries))
+    protocol = dataclasses.replace(find_protocol("ssv2_templates"), pinned={})
+    figures = measure(protocol, DataFolder(folder), embedder(model)).figures
+    assert list(figures) == [
+        *("template to video", "video to template"),
+        *("template to video, frames reversed", "video to template, frames reversed"),
+    ]
+
+
 def test_dual_softmax_is_named_in_the_table_and_for_retrieval_only(model, folder, protocol):
     assert "not comparable" in table(measure(protocol, DataFolder(folder), embedder(model), dual=True))
     with pytest.raises(ValueError, match="--dual-softmax is for retrieval"):

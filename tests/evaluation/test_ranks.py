@@ -50,6 +50,11 @@ def test_a_query_without_an_answer_is_refused():
         best_ranks(torch.zeros(2, 3), torch.tensor([0, 9]), torch.arange(3))
 
 
+def test_a_model_that_gives_nan_is_not_perfect_but_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        best_ranks(torch.full((2, 2), torch.nan), torch.arange(2), torch.arange(2))
+
+
 def test_every_caption_is_a_query_and_a_video_has_its_best_caption():
     split = Split(videos=["a", "b"], captions=[["x", "y"], ["z"]])
     videos = torch.eye(2)

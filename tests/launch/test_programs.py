@@ -114,10 +114,6 @@ def grey_video():
     "command,message",
     [
         (
-            ("launch/evaluate.py", "--protocol", "msrvtt", "--about"),
-            "expected one of msrvtt_1ka, msrvtt_full",
-        ),
-        (
             ("launch/finetune.py", "--ds_config", "ds.json", "--config", "launch/configs/finetune_msvd.yaml"),
             "key 'model' is missing; name the model to start from with --model",
         ),

@@ -78,7 +78,10 @@ def test_patience_without_evaluations_is_refused(root):
         tiny_config(root, run={"folder": "x", "steps": 4, "patience": 3})
 
 
-def test_a_frozen_name_that_no_weight_has_is_refused(root, tmp_path):
-    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "freeze": ["video.blocks"]})
-    with pytest.raises(ValueError, match="run.freeze: no weight's name begins with 'video.blocks'"):
-        pretrain(config, check_ds_config(ds_tree(), "ds.json", config, cuda=False, ranks=1))
+@pytest.mark.parametrize(
+    "name,stage,message", [("video.", 0, "begins with 'video.'"), ("vid_proj.", 3, "ZeRO-3")]
+)
+def test_what_cannot_be_frozen_is_refused(root, tmp_path, name, stage, message):
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "freeze": [name]})
+    with pytest.raises(ValueError, match=message):
+        pretrain(config, check_ds_config(ds_tree(stage=stage), "ds.json", config, cuda=False, ranks=1))
