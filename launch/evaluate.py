@@ -1,44 +1,139 @@
-"""Text-video retrieval of a model on shards: python launch/evaluate.py MODEL --shards 'DIR/*.tar'"""
+"""Measure a model: retrieval on shards, or a benchmark by its pinned protocol.
+
+python launch/evaluate.py MODEL --shards 'DIR/*.tar'
+python launch/evaluate.py MODEL --protocol msrvtt_1ka --data MSRVTT   # or torchrun --nproc_per_node 8 ...
+python launch/evaluate.py MODEL --protocol ucf101 --data UCF101 --probe
+python launch/evaluate.py --protocol msrvtt_1ka --about               # where its files come from
+python launch/evaluate.py --protocol didemo --data DIDEMO --part train --list train.json   # for prepare.py
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.loader import EvaluationLoader
-from miles_fast.distributed import configure_logging
-from miles_fast.evaluation.retrieval import evaluate_retrieval, table
+from miles_fast.distributed import configure_logging, rank
+from miles_fast.evaluation.benchmark import measure, measure_probe, table
+from miles_fast.evaluation.data_folder import DataFolder, MissingVideosError
+from miles_fast.evaluation.embedding import Embedder, default_cache
+from miles_fast.evaluation.protocol import Protocol
+from miles_fast.evaluation.protocols import NAMES, find_protocol
+from miles_fast.evaluation.retrieval import evaluate_retrieval
+from miles_fast.evaluation.retrieval import table as retrieval_table
 from miles_fast.export.run import load
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import model_folder
+from miles_fast.training.engine import init_process_group
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="an exported folder, a run or a checkpoint")
-    parser.add_argument("--shards", nargs="+", required=True, help="glob or brace patterns of tars")
-    parser.add_argument("--frames", type=int, default=4, help="frames per clip")
-    parser.add_argument("--caption-tokens", type=int, default=32)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", help="an exported folder, a run or a checkpoint")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--shards", nargs="+", help="glob or brace patterns of tars")
+    what.add_argument("--protocol", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--frames", type=int, help="frames per clip; default: 4, or the protocol's")
+    parser.add_argument("--caption-tokens", type=int, help="default: 32, or the protocol's")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
         "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"
     )
     parser.add_argument("--json", type=Path, help="also write the metrics here")
+    parser.add_argument("--data", metavar="ROOT", help="folder of the data set: annotations and videos")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes a rank")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), help="folder of embeddings made before"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor write it")
+    parser.add_argument("--allow-missing", action="store_true", help="measure the videos that are there")
+    parser.add_argument("--probe", action="store_true", help="fit a linear probe on the training part")
+    parser.add_argument("--dual-softmax", action="store_true", help="score with all test queries at hand")
+    parser.add_argument("--about", action="store_true", help="print the protocol and stop")
+    parser.add_argument("--part", choices=("train", "val", "test"), default="test", help="of --list")
+    parser.add_argument(
+        "--list", type=Path, help="write {video file: captions} for launch/prepare.py and stop"
+    )
     options = parser.parse_args()
+    if options.shards:
+        on_shards(options)
+        return
+    protocol = find_protocol(options.protocol)
+    if options.about:
+        print(protocol.about())
+        return
+    if options.list:
+        write_list(protocol, options)
+        return
+    if options.frames:
+        protocol = replace(protocol, frames=(options.frames,))
+    if options.caption_tokens:
+        protocol = replace(protocol, caption_tokens=options.caption_tokens)
+    on_videos(protocol, options)
+
+
+def on_videos(protocol: Protocol, options: argparse.Namespace) -> None:
+    """A protocol, or a probe of its features, on the videos of a data set."""
+    if not options.model or not options.data:
+        raise ValueError("name the model and its data: MODEL --protocol NAME --data ROOT")
+    folder = DataFolder(options.data, allow_missing=options.allow_missing)
+    device = init_process_group()
+    configure_logging()
+    embedder = Embedder(
+        model=load(model_folder(options.model), str(device)),
+        device=device,
+        batch=options.batch,
+        num_workers=options.workers,
+        cache=None if options.no_cache else options.cache,
+    )
+    if options.probe:
+        result = measure_probe(protocol, folder, embedder, max(protocol.frames))
+    else:
+        result = measure(protocol, folder, embedder, dual=options.dual_softmax)
+    if rank() == 0:
+        print(table(result))
+        print(protocol.reported_lines())
+        if options.json:
+            options.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
+
+
+def write_list(protocol: Protocol, options: argparse.Namespace) -> None:
+    """A part of a retrieval protocol as a caption file, paths relative to --data."""
+    if protocol.task != "retrieval":
+        raise ValueError(f"--list is for retrieval; {protocol.name} is {protocol.task}")
+    if not options.data:
+        raise ValueError("--list needs --data ROOT")
+    folder = DataFolder(options.data, allow_missing=options.allow_missing)
+    split, files = protocol.split(folder, options.part)
+    listed = {
+        os.path.relpath(file.path, folder.root): said
+        for file, said in zip(files, split.captions, strict=True)
+    }
+    options.list.write_text(json.dumps(listed, indent=1) + "\n")
+    print(f"{options.list}: {len(listed)} videos of {protocol.name} {options.part}")
+
+
+def on_shards(options: argparse.Namespace) -> None:
+    """Retrieval with the first caption of each clip."""
+    if not options.model:
+        raise ValueError("name the model: launch/evaluate.py MODEL --shards ...")
     configure_logging()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     folder = model_folder(options.model)
     source = SourceConfig(shards=options.shards, name="evaluation")
     data = DataConfig(
         train=[source],
-        frames_per_clip=options.frames,
-        caption_tokens=options.caption_tokens,
+        frames_per_clip=options.frames or 4,
+        caption_tokens=options.caption_tokens or 32,
         allowed_prefixes=options.allow,
     )
     model = load(folder, str(device))
@@ -51,7 +146,7 @@ def main() -> None:
         device=device,
     )
     result = evaluate_retrieval(model, loader)
-    print(table(result))
+    print(retrieval_table(result))
     if options.json:
         options.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
 
@@ -59,5 +154,9 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except MissingVideosError as error:
+        place = Path("missing_videos.txt")
+        place.write_text("\n".join(error.missing) + "\n")
+        sys.exit(f"error: {error}; all names are in {place}; --allow-missing measures the others")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from miles_fast.config import Config, load_config
+from miles_fast.config import load_config
 from miles_fast.data.demo import prepare_demo
-from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import barrier, configure_logging, logger, rank
-from miles_fast.evaluation.retrieval import evaluate_retrieval
-from miles_fast.models.dual_encoder import DualEncoder
-from miles_fast.models.text_encoder import load_tokenizer
+from miles_fast.evaluation.validation import validation
 from miles_fast.training.engine import init_process_group, read_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.signals import STOPPED, Stopped
@@ -52,37 +47,11 @@ def main() -> None:
         settings,
         resume=options.resume,
         trust_checkpoint=options.trust_checkpoint,
-        evaluate=_evaluation(config, settings.batch),
+        evaluate=validation(config, settings.batch),
     )
     logger.info("done: %s", config.run.folder)
     barrier()
     torch.distributed.destroy_process_group()
-
-
-def _evaluation(config: Config, batch: int) -> Any:
-    if not config.data.evaluation:
-        return None
-    tokenizer = load_tokenizer(config.model.text.tokenizer_source)
-    loaders: list[EvaluationLoader] = []
-
-    def evaluate(model: DualEncoder, device: torch.device) -> dict[str, Any]:
-        if not loaders:
-            size = model.config.video.image_size
-            loaders.extend(
-                EvaluationLoader(
-                    source, config.data, image_size=size, tokenizer=tokenizer, batch=batch, device=device
-                )
-                for source in config.data.evaluation
-            )
-        results = {}
-        for loader in loaders:
-            result = evaluate_retrieval(model, loader)
-            results[loader.name] = asdict(result)
-            forth, back = result.text_to_video, result.video_to_text
-            logger.info("%s: R@1 %.2f / %.2f %%", loader.name, 100 * forth.r1, 100 * back.r1)
-        return results
-
-    return evaluate
 
 
 if __name__ == "__main__":

@@ -241,6 +241,10 @@ class RunConfig:
     standard deviation of the targets below which the log warns of collapse. When no rank gets on for
     `hang_seconds` (0: for ever; evaluating must fit, the first step may take five times as long), the run
     ends and names the rank.
+
+    `freeze`: prefixes of published weight names (video_model.blocks.0., say) that are not trained; ZeRO-3
+    takes none. With a `patience` the best model by the R-sum on the first evaluation set is kept in RUN/best,
+    and the run ends after so many evaluations without a better one; 0 trains all steps.
     """
 
     folder: str
@@ -248,6 +252,7 @@ class RunConfig:
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
     evaluate_every: int = Field(default=0, ge=0)
+    patience: int = Field(default=0, ge=0)
     save_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     milestone_every: int = Field(default=0, ge=0)
@@ -258,6 +263,7 @@ class RunConfig:
     min_target_std: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     hang_seconds: float = Field(default=1800.0, ge=0, allow_inf_nan=False)
     init_from: str | None = None
+    freeze: list[str] = Field(default_factory=list)
     compile: bool = False
 
 
@@ -271,6 +277,10 @@ class Config:
     method: MethodConfig = Field(default_factory=MethodConfig)
 
     def __post_init__(self) -> None:
+        if self.run.patience and not (self.run.evaluate_every and self.data.evaluation):
+            raise ValueError(
+                f"run.patience = {self.run.patience} needs run.evaluate_every and a set in data.evaluation"
+            )
         if self.data.caption_tokens > self.model.text.max_positions:
             raise ValueError(
                 f"data.caption_tokens {self.data.caption_tokens} exceeds model.text.max_positions "

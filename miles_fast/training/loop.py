@@ -21,18 +21,27 @@ from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
 from miles_fast.distributed import barrier, gather_objects, logger, rank, sum_over_ranks, world_size
-from miles_fast.models.dual_encoder import build_dual_encoder
+from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
 from miles_fast.models.flops import peak_flops, training_flops
 from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import find_checkpoint, model_folder, read_state, restore_checkpoint
+from miles_fast.training.early_stopping import EarlyStopping, Verdict
 from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
 from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.memory_report import OutOfMemory, memory_report
 from miles_fast.training.numerics import LossGuard, SkippedData, UpdateCheck, warn_of_collapse
 from miles_fast.training.objective import Losses, Objective
 from miles_fast.training.progress import StepLog
-from miles_fast.training.recovery import Deal, Evaluate, Training, roll_back, save_if_due, skipped
+from miles_fast.training.recovery import (
+    Deal,
+    Evaluate,
+    Training,
+    keep_best,
+    roll_back,
+    save_if_due,
+    skipped,
+)
 from miles_fast.training.saving import Saver
 from miles_fast.training.signals import Ballot, StopRequest, Vote
 from miles_fast.training.snapshot import Snapshot
@@ -68,6 +77,7 @@ def pretrain(
     )
     if config.run.init_from and not checkpoint:
         _initialize(objective, config.run.init_from)
+    _freeze(objective.model, config.run.freeze, settings.stage)
     snapshot = None
     if config.method.view != "none":
         snapshot = Snapshot(
@@ -109,6 +119,10 @@ def pretrain(
         StopRequest(),
         Watchdog(config.run.hang_seconds),
     )
+    stopping = None
+    if config.run.patience:
+        watched = config.data.evaluation[0].name
+        stopping = EarlyStopping(run, watched, config.run.patience, config.run.evaluate_every)
     training = Training(
         config=config,
         settings=settings,
@@ -124,6 +138,7 @@ def pretrain(
         stop=stop,
         watchdog=watchdog,
         left_out=SkippedData(config.run, state.get("skipped_data", [])),
+        stopping=stopping,
     )
     stop.listen()
     watchdog.start()
@@ -170,7 +185,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
     engine.train()
     with contextlib.closing(t.deal(t.loader, position)) as batches:
         for step in range(first_step + 1, run.steps + 1):
-            last = step == run.steps
+            last, verdict = step == run.steps, Verdict(improved=False, stop=False)
             logs = step % run.log_every == 0 or step == first_step + 1 or last
             wanted = t.left_out.position(step - 1)
             ballot.cast(Vote(t.stop.signal is not None, t.saver.problem is not None, t.saver.busy))
@@ -212,8 +227,16 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 with torch.compiler.set_stance("force_eager"):
                     result = t.evaluate(engine.module.model, t.device)
                 t.log.write(step, {"evaluation": result})
+                if t.stopping is not None:
+                    verdict = t.stopping.judge(step, result)
                 meter.pause()
-            save_if_due(t, step, vote, last=last)
+            ends = last or verdict.stop
+            save_if_due(t, step, vote, last=ends, wait=ends or verdict.improved)
+            if verdict.improved:
+                keep_best(t, step, result)
+            if verdict.stop:
+                logger.info("no better evaluation for %d evaluations: stopped", run.patience)
+                break
     return None
 
 
@@ -309,6 +332,18 @@ def _initialize(objective: Objective, source: str) -> None:
         {n: t for n, t in extra.items() if n in own and own[n].shape == t.shape}, strict=False
     )
     logger.info("initialised from %s", place)
+
+
+def _freeze(model: DualEncoder, prefixes: list[str], stage: int) -> None:
+    """Leave weights as they are. Raises ValueError for a prefix that no weight has, and at ZeRO-3."""
+    if prefixes and stage == 3:
+        raise ValueError("run.freeze: ZeRO-3 does not give frozen weights back whole; use stage 0, 1 or 2")
+    for prefix in prefixes:
+        frozen = [weight for name, weight in model.named_parameters() if name.startswith(prefix)]
+        if not frozen:
+            raise ValueError(f"run.freeze: no weight's name begins with {prefix!r}")
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def _prepare_folder(run: Path, config: Config, *, keep: bool) -> None:

@@ -12,9 +12,10 @@ import torch
 from miles_fast.config import Config
 from miles_fast.data.batches import Batch
 from miles_fast.data.loader import Loader
-from miles_fast.distributed import gather_objects, logger
+from miles_fast.distributed import gather_objects, logger, rank
 from miles_fast.models.dual_encoder import DualEncoder
 from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
+from miles_fast.training.early_stopping import EarlyStopping
 from miles_fast.training.engine import EngineSettings
 from miles_fast.training.manifest import CheckpointError
 from miles_fast.training.numerics import LossGuard, NumericsError, SkippedData
@@ -46,11 +47,15 @@ class Training:
     stop: StopRequest
     watchdog: Watchdog
     left_out: SkippedData
+    stopping: EarlyStopping | None
 
 
-def save_if_due(t: Training, step: int, vote: Vote, *, last: bool) -> None:
-    """Begin a checkpoint where one is due. One that ends the run is waited for; so is a failed one."""
-    run, ends = t.config.run, last or vote.stop
+def save_if_due(t: Training, step: int, vote: Vote, *, last: bool, wait: bool) -> None:
+    """Begin a checkpoint where one is due. One that is wanted now is waited for; so is a failed one.
+
+    Raises Stopped where a signal ended the run before its `last` step.
+    """
+    run, ends = t.config.run, wait or vote.stop
     if not (ends or vote.failed or step % run.save_every == 0):
         return
     t.watchdog.report(f"saving after step {step}")
@@ -74,6 +79,13 @@ def save_if_due(t: Training, step: int, vote: Vote, *, last: bool) -> None:
             f"stopped by {t.stop.signal or 'a signal to another rank'} after step {step}: "
             "its checkpoint is complete, --resume auto goes on"
         )
+
+
+def keep_best(t: Training, step: int, result: dict[str, Any]) -> None:
+    """Keep the model of the checkpoint after `step`, which an evaluation found best."""
+    assert t.stopping is not None
+    if rank() == 0:
+        t.stopping.keep(t.saver.folder / f"step-{step:08d}" / "student", step, result)
 
 
 def skipped(t: Training, step: int, data: int, guard: LossGuard) -> bool:

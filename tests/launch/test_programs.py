@@ -1,24 +1,33 @@
 """The programs as people call them: the launcher's line to a model folder, and errors without tracebacks."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from tiny import ds_tree, tiny_tree, write_data
+
+from miles_fast.config import parse_config
+from miles_fast.models.dual_encoder import build_dual_encoder
+from miles_fast.models.storage import write_model
+from miles_fast.models.text_encoder import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
 
-def call(*command, check=True):
+def call(*command, check=True, cwd=ROOT):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)  # an engine test in this process may have set them
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
     assert not check or run.returncode == 0, run.stderr[-3000:]
     return run
 
@@ -51,9 +60,65 @@ def test_train_export_and_evaluate(experiment):
     assert json.loads((experiment / "metrics.json").read_text())["gallery"] == 10
 
 
+def test_finetune_a_model_and_evaluate_its_best_by_a_protocol(experiment, tmp_path):
+    start = experiment / "started"
+    tree = tiny_tree(experiment)
+    fresh = build_dual_encoder(
+        parse_config(tree, "tiny").model, len(load_tokenizer(experiment / "tokenizer"))
+    )
+    write_model(start, fresh.state_dict(), fresh.config, fresh.vocabulary_size, str(experiment / "tokenizer"))
+    run = {"folder": str(tmp_path / "run"), "steps": 4, "evaluate_every": 2, "patience": 3}
+    tree |= {"run": run, "method": {"view": "none"}}
+    del tree["model"]
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(tree))
+    finetune = (sys.executable, "launch/finetune.py", "--ds_config", str(experiment / "ds.json"))
+    finetune += ("--config", str(tmp_path / "finetune.yaml"))
+    call(*finetune, "--model", str(start), "run.freeze=[video_model.patch_embed]", "model.attention=sdpa")
+    best = tmp_path / "run" / "best"
+    assert json.loads((best / "best.json").read_text())["step"] in (2, 4)
+    before, after = (load_file(f / "model.safetensors") for f in (start, best))
+    assert torch.equal(*(w["video_model.patch_embed.proj.weight"] for w in (before, after)))
+    assert not torch.equal(*(w["video_model.blocks.0.attn.qkv.weight"] for w in (before, after)))
+
+    error = call(*finetune, "--model", str(start), "method.view=A", check=False).stderr
+    assert "method.view = A: fine-tuning contrasts full clips" in error and "Traceback" not in error
+
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "1.mp4").write_bytes(grey_video())
+    (data / "2.mp4").write_bytes(b"cut off")
+    lines = [
+        {"clip_name": f"{n}.mp4", "options": ["a dog moves", "a cat moves"], "answer": 0} for n in (1, 2)
+    ]
+    (data / "ssv2_mc_val.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    protocol = (sys.executable, "launch/evaluate.py", str(best), "--protocol", "ssv2_mc", "--data", str(data))
+    result = tmp_path / "result.json"
+    shown = call(*protocol, "--no-cache", "--workers", "1", "--json", str(result)).stdout
+    assert "ssv2_mc, 1 videos" in shown and "1 videos cannot be read and are not scored" in shown
+    assert json.loads(result.read_text())["chance"] == {"top-1": 0.5}
+
+
+def grey_video():
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for level in range(5):
+            picture = np.full((48, 64, 3), 50 * level, np.uint8)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     "command,message",
     [
+        (
+            ("launch/finetune.py", "--ds_config", "ds.json", "--config", "launch/configs/finetune_msvd.yaml"),
+            "key 'model' is missing; name the model to start from with --model",
+        ),
         (("launch/pretrain.py", "--ds_config", "ds.json", "run.stepz=3"), "did you mean 'steps'?"),
         (("launch/pretrain.py", "--ds_config", "nowhere.json"), "nowhere.json: cannot be read"),
         (("launch/export.py", "nowhere", "--output", "x"), "nowhere: no checkpoint there"),

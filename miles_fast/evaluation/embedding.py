@@ -1,0 +1,165 @@
+"""Unit embeddings of video files and captions, shared out over ranks and cached in parts.
+
+A part is a fixed stretch of the list. Its file is named by the SHA-256 of all that its content depends on
+(the weights, the files' sizes and times, the frames), so that a changed model or video can never find an old
+one, and work that was killed goes on at its last part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from miles_fast.data.augmentation import build_augmentation
+from miles_fast.data.clips import BadSample, Clip
+from miles_fast.data.video_files import VideoFile, decode_files
+from miles_fast.distributed import gather_objects, rank, world_size
+from miles_fast.models.dual_encoder import DualEncoder, unit
+from miles_fast.models.text_encoder import encode_captions
+
+PART = 256
+FORMAT = "miles_fast embeddings of files/1"
+Rows = tuple[np.ndarray, list[BadSample]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedder:
+    """A model, where it computes, and how its input is read; `cache` is a folder, or None for no cache."""
+
+    model: DualEncoder
+    device: torch.device
+    batch: int = 32
+    num_workers: int = 4
+    threads: int = 4
+    cache: Path | None = None
+
+    def videos(
+        self, files: Sequence[VideoFile], num_frames: int, *, reverse: bool = False, projected: bool = True
+    ) -> tuple[Tensor, list[BadSample]]:
+        """(N, E) in the order of the files, NaN rows for unreadable ones, and the list of these.
+
+        `reverse` shows each clip's frames in the opposite order. Not `projected` they are the encoder's [CLS]
+        features (N, D), which linear probes are fitted to. All ranks must call it.
+        """
+        about = ["videos", num_frames, self.model.config.video.image_size, reverse, projected]
+
+        def describe(file: VideoFile) -> list:
+            status = os.stat(file.path)
+            return [file.key, os.path.abspath(file.path), status.st_size, status.st_mtime_ns]
+
+        def embed(part: Sequence[VideoFile]) -> Rows:
+            return self._embed_files(part, num_frames, reverse, projected)
+
+        return self._in_parts(list(files), about, describe, embed)
+
+    def texts(self, captions: Sequence[str], length: int) -> Tensor:
+        """(N, E) in the order of the captions, cut at `length` tokens. All ranks must call it."""
+        length = min(length, self.model.config.text.max_positions)
+        found, _ = self._in_parts(
+            list(captions),
+            ["texts", length],
+            lambda text: text,
+            lambda part: (self._embed_texts(part, length), []),
+        )
+        return found
+
+    def _in_parts(self, items: list, about: list, describe: Callable, embed: Callable[[Sequence], Rows]):
+        fingerprint = self.fingerprint() if self.cache is not None else ""
+        starts = range(0, len(items), PART)[rank() :: world_size()]
+        own: dict[int, Rows] = {}
+        for start in tqdm(starts, desc=about[0], disable=rank() != 0 or len(items) <= PART):
+            part = items[start : start + PART]
+            place = None
+            if self.cache is not None:
+                key = json.dumps([FORMAT, fingerprint, about, [describe(item) for item in part]])
+                place = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+            own[start] = _load(place) or embed(part)
+            if place is not None and not place.is_file():
+                _store(place, own[start])
+        parts = {start: rows for one in gather_objects(own) for start, rows in one.items()}
+        ordered = [parts[start] for start in sorted(parts)]
+        bad = [sample for _, unreadable in ordered for sample in unreadable]
+        return torch.from_numpy(np.concatenate([rows for rows, _ in ordered])), bad
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, by name and value."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def _embed_files(
+        self, files: Sequence[VideoFile], num_frames: int, reverse: bool, projected: bool
+    ) -> Rows:
+        width = self.model.config.embedding if projected else self.model.config.video.width
+        augmentation = build_augmentation(
+            "auto",
+            takes="pixels",
+            num_clips=self.batch,
+            num_frames=num_frames,
+            size=self.model.config.video.image_size,
+            device=self.device,
+            threads=self.threads,
+        )
+        found = np.full((len(files), width), np.nan, np.float32)
+        bad: list[BadSample] = []
+        place = 0
+        for clips in decode_files(
+            files, num_frames=num_frames, batch=self.batch, num_workers=self.num_workers
+        ):
+            bad += [clip for clip in clips if isinstance(clip, BadSample)]
+            good = [number for number, clip in enumerate(clips, place) if isinstance(clip, Clip)]
+            place += len(clips)
+            readable = [clip for clip in clips if isinstance(clip, Clip)]
+            if not readable:
+                continue
+            augmentation.submit([clip.frames for clip in readable], [clip.view for clip in readable])
+            video = augmentation.collect()
+            video = video.flip(1) if reverse else video
+            rows = unit(self.model.embed_video(video)) if projected else self.model.video_model(video)[:, 0]
+            found[good] = rows.float().cpu().numpy()
+        return found, bad
+
+    @torch.inference_mode()
+    def _embed_texts(self, captions: Sequence[str], length: int) -> np.ndarray:
+        assert self.model.tokenizer is not None
+        ids, attention = encode_captions(self.model.tokenizer, captions, length)
+        inputs = torch.from_numpy(ids).to(self.device), torch.from_numpy(attention).to(self.device)
+        return unit(self.model.embed_text(*inputs)).cpu().numpy()
+
+
+def default_cache() -> Path:
+    """miles_fast/embeddings in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miles_fast" / "embeddings"
+
+
+def _load(place: Path | None) -> Rows | None:
+    if place is None or not place.is_file():
+        return None
+    try:
+        with np.load(place, allow_pickle=False) as file:
+            return file["rows"], [BadSample(**one) for one in json.loads(str(file["bad"]))]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{place}: cannot be read ({error}); delete it") from error
+
+
+def _store(place: Path, rows: Rows) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, rows=rows[0], bad=json.dumps([asdict(one) for one in rows[1]]))
+        os.replace(partial, place)
+    finally:
+        partial.unlink(missing_ok=True)

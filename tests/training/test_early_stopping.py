@@ -1,0 +1,87 @@
+"""Early stopping: what is kept, when it ends, and that a resumed run goes on with it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import ds_tree, tiny_config, write_data
+
+from miles_fast.config import ConfigError
+from miles_fast.training.early_stopping import EarlyStopping, r_sum
+from miles_fast.training.engine import check_ds_config
+from miles_fast.training.loop import pretrain
+from miles_fast.training.progress import read_log
+
+
+def result(value):
+    row = {"r1": value, "r5": 0.0, "r10": 0.0}
+    return {"heldout": {"text_to_video": row, "video_to_text": row}}
+
+
+def test_the_sum_of_both_directions():
+    row = {"r1": 0.1, "r5": 0.2, "r10": 0.4, "median_rank": 7}
+    assert r_sum({"text_to_video": row, "video_to_text": {**row, "r1": 0.2}}) == pytest.approx(1.5)
+
+
+def test_verdicts(tmp_path):
+    stopping = EarlyStopping(tmp_path, "heldout", patience=2, evaluate_every=10)
+    values = {10: 0.2, 20: 0.4, 30: 0.4, 40: 0.3}
+    verdicts = {step: stopping.judge(step, result(value)) for step, value in values.items()}
+    assert [v.improved for v in verdicts.values()] == [True, True, False, False]  # a tie is no better
+    assert [v.stop for v in verdicts.values()] == [False, False, False, True]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tiny")
+    write_data(place)
+    return place
+
+
+def train(root, folder, values, steps=12, resume=None):
+    """A tiny run whose evaluations every 2 steps are these, one after the other."""
+    left = iter(values)
+    run = {"folder": str(folder), "steps": steps, "evaluate_every": 2, "patience": 2, "save_every": 2}
+    run["keep_checkpoints"] = 9
+    config = tiny_config(root, run=run, method={"view": "none"}, model={"attention": "sdpa"})
+    settings = check_ds_config(ds_tree(), "ds.json", config, cuda=False, ranks=1)
+    pretrain(config, settings, resume=resume, evaluate=lambda model, device: result(next(left)))
+    return [record["step"] for record in read_log(Path(folder)) if "evaluation" in record]
+
+
+def best(folder):
+    return json.loads((folder / "best" / "best.json").read_text())
+
+
+def test_the_best_checkpoint_is_kept_and_the_run_ends(root, tmp_path):
+    folder = tmp_path / "run"
+    assert train(root, folder, [0.1, 0.5, 0.3, 0.2, 0.9]) == [2, 4, 6, 8]  # 0.9 is never reached
+    assert best(folder)["step"] == 4 and best(folder)["r_sum"] == 1.0
+    kept = load_file(folder / "best" / "model.safetensors")
+    at_best = load_file(folder / "checkpoints" / "step-00000004" / "student" / "model.safetensors")
+    last = load_file(folder / "checkpoints" / "step-00000008" / "student" / "model.safetensors")
+    assert all(torch.equal(kept[name], at_best[name]) for name in at_best)
+    assert any(not torch.equal(kept[name], last[name]) for name in last)
+
+
+def test_a_resumed_run_remembers_the_best(root, tmp_path):
+    folder = tmp_path / "run"
+    train(root, folder, [0.5, 0.3], steps=4)
+    assert train(root, folder, [0.4, 0.9], resume="auto") == [2, 4, 6]  # two without a better one: over
+    assert best(folder)["step"] == 2
+
+
+def test_patience_without_evaluations_is_refused(root):
+    with pytest.raises(ConfigError, match="run.patience = 3 needs run.evaluate_every and a set"):
+        tiny_config(root, run={"folder": "x", "steps": 4, "patience": 3})
+
+
+@pytest.mark.parametrize(
+    "name,stage,message", [("video.", 0, "begins with 'video.'"), ("vid_proj.", 3, "ZeRO-3")]
+)
+def test_what_cannot_be_frozen_is_refused(root, tmp_path, name, stage, message):
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "freeze": [name]})
+    with pytest.raises(ValueError, match=message):
+        pretrain(config, check_ds_config(ds_tree(stage=stage), "ds.json", config, cuda=False, ranks=1))
