@@ -53,10 +53,10 @@ Answer = list[tuple[Clip, list[BadSample]]] | list[Clip | BadSample]
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """What answers requests, in any process."""
+    """What answers requests, in any process; without shard sets it only calls functions."""
 
-    shard_sets: Sequence[ShardSet]
-    encode: CaptionEncoder
+    shard_sets: Sequence[ShardSet] = ()
+    encode: CaptionEncoder | None = None
 
     def answer(self, request: Request | Call) -> Answer | list[Any]:
         """Read what a request names, or call a function, in this process. Raises ShardError."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from miles_fast.data.clips import BadSample, Clip
-from miles_fast.data.reading import Pending, ReadingPool
+from miles_fast.data.reading import Pending, Reader, ReadingPool
 from miles_fast.data.sampling import evaluation_view, segment_frames
 from miles_fast.data.shards import SampleError
 from miles_fast.data.videos import read_frames
@@ -49,7 +49,7 @@ def decode_files(
     """Batches of `read_video_files` in order; the frames of one are good until the next is asked for."""
     coming: deque[list[Pending]] = deque()
     starts = iter(range(0, len(files), batch))
-    with contextlib.closing(ReadingPool([], num_workers)) as pool:
+    with contextlib.closing(ReadingPool(Reader(), num_workers)) as pool:
         while True:
             while len(coming) <= AHEAD and (start := next(starts, None)) is not None:
                 part = files[start : start + batch]

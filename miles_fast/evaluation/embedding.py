@@ -23,8 +23,8 @@ from miles_fast.data.augmentation import build_augmentation
 from miles_fast.data.clips import BadSample, Clip
 from miles_fast.data.video_files import VideoFile, decode_files
 from miles_fast.distributed import gather_objects, rank, world_size
+from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.dual_encoder import DualEncoder, unit
-from miles_fast.models.text_encoder import encode_captions
 
 PART = 256
 FORMAT = "miles_fast embeddings of files/1"
@@ -134,9 +134,8 @@ class Embedder:
     @torch.inference_mode()
     def _embed_texts(self, captions: Sequence[str], length: int) -> np.ndarray:
         assert self.model.tokenizer is not None
-        ids, attention = encode_captions(self.model.tokenizer, captions, length)
-        inputs = torch.from_numpy(ids).to(self.device), torch.from_numpy(attention).to(self.device)
-        return unit(self.model.embed_text(*inputs)).cpu().numpy()
+        tokens_B2L = torch.from_numpy(CaptionEncoder(self.model.tokenizer, length)(captions)).to(self.device)
+        return unit(self.model.embed_text(*tokens_B2L.unbind(1))).cpu().numpy()
 
 
 def default_cache() -> Path:

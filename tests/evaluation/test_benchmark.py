@@ -18,8 +18,9 @@ from miles_fast.evaluation.embedding import Embedder
 from miles_fast.evaluation.linear_probe import probe
 from miles_fast.evaluation.protocol import Pinned
 from miles_fast.evaluation.protocols import find_protocol
+from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.dual_encoder import build_dual_encoder, unit
-from miles_fast.models.text_encoder import encode_captions, load_tokenizer
+from miles_fast.models.text_encoder import load_tokenizer
 
 CAPTIONS = [
     "a red dog moves",
@@ -93,7 +94,7 @@ def own_similarity(model, folder, frames, numbers):
         augmentation.submit([pictures], [evaluation_view(48, 64)])
         rows.append(unit(model.embed_video(augmentation.collect()))[0])
     texts = [CAPTIONS[number] for number in numbers]
-    ids, attention = map(torch.from_numpy, encode_captions(model.tokenizer, texts, 16))
+    ids, attention = torch.from_numpy(CaptionEncoder(model.tokenizer, 16)(texts)).unbind(1)
     return unit(model.embed_text(ids, attention)) @ torch.stack(rows).T
 
 

@@ -26,8 +26,9 @@ from miles_fast.data.loader import EvaluationLoader
 from miles_fast.data.preparation import PreparationOptions, prepare
 from miles_fast.evaluation.retrieval import chance, embed_source, ranking
 from miles_fast.export.run import load
+from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.dual_encoder import unit
-from miles_fast.models.text_encoder import build_text_encoder, encode_captions, load_tokenizer
+from miles_fast.models.text_encoder import build_text_encoder, load_tokenizer
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.loop import pretrain
 
@@ -157,7 +158,8 @@ def finetune(root, clips, vit, seed, shuffled=False):
 def sentence_vectors(captions):
     """Mean token features of the text encoder as it came, (N, D), unit length."""
     model = build_text_encoder(TextEncoderConfig(weights=str(WEIGHTS / "text")), 0).eval()
-    ids, attention = map(torch.from_numpy, encode_captions(load_tokenizer(WEIGHTS / "text"), captions, 32))
+    encode = CaptionEncoder(load_tokenizer(WEIGHTS / "text"), 32)
+    ids, attention = torch.from_numpy(encode(captions)).unbind(1)
     with torch.inference_mode():
         hidden = model(input_ids=ids, attention_mask=attention).last_hidden_state
     return unit((hidden * attention[..., None]).sum(1))
