@@ -116,9 +116,8 @@ def compare_decoders(config: Config, settings: EngineSettings, options: argparse
         raise SystemExit("decoders compares decoders on mp4 shards: --videos 'DIR/*.tar'")
     with tempfile.TemporaryDirectory() as folder:
         kept = options.prepared or Path(folder)
-        return _printed(
-            time_decoders(config, settings.batch, options.batches, options.videos, kept, _device())
-        )
+        seconds = options.rival_seconds
+        return time_decoders(config, settings.batch, seconds, options.videos, kept, _device())
 
 
 def spoil(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
@@ -153,7 +152,9 @@ def main() -> None:
         help="mp4 shards: loader gives them to torch's DataLoader, decoders prepares them in each way",
     )
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="decoders: keep what is prepared here")
-    parser.add_argument("--rival-seconds", type=float, default=10.0, help="loader: time for each rival")
+    parser.add_argument(
+        "--rival-seconds", type=float, default=10.0, help="time for each rival, and for each decoder"
+    )
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument("--alone", action="store_true", help="step: nothing beside it")
     beside.add_argument("--ablate", action="store_true", help="step: each optimisation switched off in turn")
