@@ -30,8 +30,9 @@ def time_decoders(
 ) -> dict[str, Any]:
     """Clips/s of the loader from the same video shards: prepared in each way, and decoded in each way.
 
-    Each way has about `seconds`, since the slowest take a hundred times as long as the fastest. The prepared shards go to `folder`, where those of an earlier call are found again. NVDEC's rows are left
-    out without a GPU.
+    Each way has about `seconds`, since the slowest take a hundred times as long as the fastest. The prepared
+    shards go to `folder`, where those of an earlier call are found again. NVDEC's rows are left out without a
+    GPU.
     """
     forms = {"raw": list(videos)}
     for layout in ("frames", "remux", "transcode"):
@@ -46,11 +47,9 @@ def time_decoders(
         name = form if form == "frames" else f"{form} {'NVDEC' if decoder == 'nvdec' else 'PyAV'}"
         loader = open_loader(replace(config, data=data), batch, device)
         with contextlib.closing(loader.batches(0)) as stream:
-            figures[f"{name} clips/s"] = clips_per_second(stream, batch, seconds)
-        print(
-            f"{name}: {figures[f'{name} clips/s']:.1f} clips/s {dict(loader.quarantine.counts) or ''}",
-            flush=True,
-        )
+            rate = figures[f"{name} clips/s"] = clips_per_second(stream, batch, seconds)
+        bad = dict(loader.quarantine.counts)
+        print(f"{name:<40}{rate:>12.3f} clips/s {bad or ''}", flush=True)
     return figures
 
 

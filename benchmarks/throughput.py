@@ -152,9 +152,7 @@ def main() -> None:
         help="mp4 shards: loader gives them to torch's DataLoader, decoders prepares them in each way",
     )
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="decoders: keep what is prepared here")
-    parser.add_argument(
-        "--rival-seconds", type=float, default=10.0, help="time for each rival, and for each decoder"
-    )
+    parser.add_argument("--rival-seconds", type=float, default=10.0, help="for each rival or decoder")
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument("--alone", action="store_true", help="step: nothing beside it")
     beside.add_argument("--ablate", action="store_true", help="step: each optimisation switched off in turn")
