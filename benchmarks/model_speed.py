@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -100,8 +99,3 @@ def table(rows: list[EncoderRow]) -> str:
             f"{row.tflops_per_second:>10.2f}{mfu}{memory}"
         )
     return "\n".join(lines)
-
-
-def as_json(rows: list[EncoderRow]) -> list[dict[str, Any]]:
-    """The rows as plain dicts."""
-    return [asdict(row) for row in rows]

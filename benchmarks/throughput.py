@@ -48,7 +48,7 @@ def time_model(config: Config, settings: EngineSettings, options: argparse.Names
     """Rows of the encoder."""
     rows = model_speed.measure_encoder(config, settings.batch, options.batches, _device())
     print(model_speed.table(rows))
-    return model_speed.as_json(rows)
+    return [asdict(row) for row in rows]
 
 
 def time_step(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
@@ -62,7 +62,7 @@ def time_step(config: Config, settings: EngineSettings, options: argparse.Namesp
         chosen, options.config, options.overrides, tree, options.batches + WARMUP
     )
     print(variants.table(rows))
-    return variants.as_json(rows)
+    return [asdict(row) for row in rows]
 
 
 def profile_step(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:

@@ -8,7 +8,7 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -159,8 +159,3 @@ def _cell(value: float | None) -> str:
     if value is None:
         return f"{'-':>10}"
     return f"{value:>10}" if isinstance(value, int) else f"{value:>10.2f}"
-
-
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as plain dicts."""
-    return [asdict(row) for row in rows]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 
 import torch
 
@@ -24,6 +23,7 @@ from miles_fast.training.checkpoint import model_folder
 from miles_fast.training.early_stopping import BEST
 from miles_fast.training.engine import init_process_group, read_ds_config
 from miles_fast.training.loop import pretrain
+from miles_fast.training.signals import exit_with_status
 
 
 def main() -> None:
@@ -77,9 +77,4 @@ def _config(path: str, model: str | None, overrides: list[str]) -> Config:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("MILES_FAST_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    exit_with_status(main)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from miles_fast.distributed import barrier, configure_logging, logger, rank
 from miles_fast.evaluation.validation import validation
 from miles_fast.training.engine import init_process_group, read_ds_config
 from miles_fast.training.loop import pretrain
-from miles_fast.training.signals import STOPPED, Stopped
+from miles_fast.training.signals import exit_with_status
 
 ROOT = Path(__file__).resolve().parent
 
@@ -55,12 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("MILES_FAST_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
-    except Stopped as stopped:
-        logger.warning("%s", stopped)
-        sys.exit(STOPPED)
+    exit_with_status(main)

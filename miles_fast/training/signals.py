@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from miles_fast.distributed import world_size
+from miles_fast.distributed import logger, world_size
 
 STOPPED = 75  # exit code of a run that a signal stopped after a checkpoint (EX_TEMPFAIL: start it again)
 HUNG = 76  # exit code of a run in which a rank hangs or is gone
@@ -18,6 +21,22 @@ HUNG = 76  # exit code of a run in which a rank hangs or is gone
 
 class Stopped(Exception):
     """A signal ended the run; its checkpoint is complete."""
+
+
+def exit_with_status(main: Callable[[], None]) -> None:
+    """Run a training program: what the user can mend ends it with one line, a signal with STOPPED.
+
+    MILES_FAST_TRACEBACK=1 shows where an error was raised.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("MILES_FAST_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        logger.warning("%s", stopped)
+        sys.exit(STOPPED)
 
 
 class StopRequest:
