@@ -20,6 +20,7 @@ from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import configure_logging
 from miles_fast.export.embedding_set import Layout, SetDescription, embed_set, fingerprint, read_set
 from miles_fast.export.run import load
+from miles_fast.training.signals import exit_with_status
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -96,7 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    exit_with_status(main)

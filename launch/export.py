@@ -8,12 +8,12 @@ python launch/export.py MILES.pth --output exported --from official --tokenizer 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import get_args
 
 from miles_fast.distributed import configure_logging
 from miles_fast.export.pretrained import Kind, read_pretrained, with_frames
 from miles_fast.export.run import Target, write_pretrained
+from miles_fast.training.signals import exit_with_status
 
 
 def main() -> None:
@@ -42,7 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    exit_with_status(main)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from miles_fast.distributed import configure_logging
 from miles_fast.export.embedding_set import fingerprint, read_set
 from miles_fast.export.run import load
 from miles_fast.export.search import nearest
+from miles_fast.training.signals import exit_with_status
 
 
 def main() -> None:
@@ -61,7 +61,4 @@ def print_answer(query: str, cosines: np.ndarray, places: np.ndarray, index, *, 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    exit_with_status(main)

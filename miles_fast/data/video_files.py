@@ -32,13 +32,19 @@ def read_video_files(files: Sequence[VideoFile], num_frames: int) -> list[Clip |
 
 
 def _read(file: VideoFile, num_frames: int) -> Clip | BadSample:
+    try:
+        return read_video_file(file, num_frames)
+    except SampleError as error:
+        return BadSample(key=file.key, shard=file.path, cause=error.cause, message=str(error))
+
+
+def read_video_file(file: VideoFile, num_frames: int) -> Clip:
+    """One file as evaluation sees it. Raises SampleError where it cannot be read."""
+
     def choose(available: int) -> np.ndarray:
         return segment_frames(available, num_frames)
 
-    try:
-        frames, info = read_frames(file.path, choose, name=file.key)
-    except SampleError as error:
-        return BadSample(key=file.key, shard=file.path, cause=error.cause, message=str(error))
+    frames, info = read_frames(file.path, choose, name=file.key)
     width, height = info.square_size
     return Clip(frames=frames, view=evaluation_view(height, width), caption="", key=file.key)
 

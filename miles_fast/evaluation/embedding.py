@@ -127,7 +127,7 @@ class Embedder:
             augmentation.submit([clip.frames for clip in readable], [clip.view for clip in readable])
             video = augmentation.collect()
             video = video.flip(1) if reverse else video
-            rows = unit(self.model.embed_video(video)) if projected else self.model.video_model(video)[:, 0]
+            rows = unit(self.model.embed_video(video)) if projected else self.model.video_features(video)
             found[good] = rows.float().cpu().numpy()
         return found, bad
 

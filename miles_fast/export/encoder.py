@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from miles_fast.data.augmentation import PillowAugmentation
-from miles_fast.data.sampling import evaluation_view, segment_frames
-from miles_fast.data.videos import read_frames
+from miles_fast.data.video_files import VideoFile, read_video_file
 from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.dual_encoder import DualEncoder, unit
 
@@ -93,9 +92,9 @@ class VideoTextEncoder(DualEncoder):
         for path in paths:
             if not Path(path).is_file():
                 raise ValueError(f"{path}: no such file")
-            frames, info = read_frames(path, lambda available: segment_frames(available, num_frames))
-            clips.append(frames)
-            views.append(evaluation_view(info.square_size[1], info.square_size[0]))
+            clip = read_video_file(VideoFile(key=str(path), path=str(path)), num_frames)
+            clips.append(clip.frames)
+            views.append(clip.view)
         augmentation.submit(clips, views)
         return augmentation.collect()
 

@@ -52,10 +52,14 @@ class DualEncoder(nn.Module):
         hidden_BLD = self.text_model(input_ids=token_ids_BL, attention_mask=attention_BL).last_hidden_state
         return self.text_proj(hidden_BLD[:, 0])
 
+    def video_features(self, video_BTCHW: Tensor) -> Tensor:
+        """Normalised pixels (B, T, 3, H, W) -> [CLS] after the final LayerNorm, before projection: (B, D)."""
+        cls_B1 = torch.zeros(video_BTCHW.shape[0], 1, dtype=torch.long, device=video_BTCHW.device)
+        return self.video_model(video_BTCHW, rows_BM=cls_B1)[:, 0]
+
     def embed_video(self, video_BTCHW: Tensor) -> Tensor:
         """Normalised pixels (B, T, 3, H, W) -> clips in the shared space, not normalised: (B, E)."""
-        cls_B1 = torch.zeros(video_BTCHW.shape[0], 1, dtype=torch.long, device=video_BTCHW.device)
-        return self.vid_proj(self.video_model(video_BTCHW, rows_BM=cls_B1)[:, 0])
+        return self.vid_proj(self.video_features(video_BTCHW))
 
 
 def unit(x: Tensor) -> Tensor:
