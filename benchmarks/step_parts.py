@@ -21,18 +21,19 @@ PARTS = (
     ("decoding", r"jpeg|resample|dali|nvimgcodec|SliceFlip|BatchedSeparable|Idct|huffman"),
     ("fused pointwise", r"triton_"),
 )
+LONGEST = 24  # kernels of each part that are listed
 # Annotations of the profiler's own: their kernels are listed by themselves.
 _ANNOTATIONS = re.compile(r"ProfilerStep|Optimizer\.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Kernels of one kind: milliseconds and launches a step, and the longest of them by name."""
+    """Kernels of one kind: milliseconds and launches a step, in all and of the longest by name."""
 
     name: str
     milliseconds: float
     launches: float
-    longest: tuple[tuple[str, float], ...]
+    longest: tuple[tuple[str, float, float], ...]
 
 
 def parts_of(profile: torch.profiler.profile, num_steps: int) -> list[Part]:
@@ -50,11 +51,32 @@ def parts_of(profile: torch.profiler.profile, num_steps: int) -> list[Part]:
             name=name,
             milliseconds=sum(kernel[0] for kernel in kernels),
             launches=sum(kernel[1] for kernel in kernels),
-            longest=tuple((key, ms) for ms, _, key in sorted(kernels, reverse=True)[:8]),
+            longest=tuple(
+                (key, ms, launches) for ms, launches, key in sorted(kernels, reverse=True)[:LONGEST]
+            ),
         )
         for name, kernels in found.items()
     ]
     return sorted(parts, key=lambda part: -part.milliseconds)
+
+
+def idle_table(profile: torch.profiler.profile, num_steps: int) -> str:
+    """Milliseconds a step between the first kernel and the last in which none ran; the longest gaps."""
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name[:50])
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not _ANNOTATIONS.match(event.name)
+    )
+    gaps, end, last = [], float("inf"), ""
+    for start, stop, name in kernels:
+        if start > end:
+            gaps.append(((start - end) / 1000, last, name))
+        if stop > end or not last:
+            end, last = stop, name
+    idle = sum(gap for gap, *_ in gaps) / num_steps
+    lines = [f"{'idle':<28}{idle:>9.2f} ms{len(gaps) / num_steps:>8.0f} gaps"]
+    lines += [f"    {ms:>7.2f} ms  {one} -> {other}" for ms, one, other in sorted(gaps, reverse=True)[:12]]
+    return "\n".join(lines)
 
 
 def host_table(profile: torch.profiler.profile, num_steps: int) -> str:
@@ -73,6 +95,6 @@ def table(parts: list[Part]) -> str:
     lines = []
     for part in parts:
         lines.append(f"{part.name:<28}{part.milliseconds:>9.2f} ms{part.launches:>8.0f} launches")
-        lines += [f"    {ms:>7.2f} ms  {name[:100]}" for name, ms in part.longest]
+        lines += [f"    {ms:>7.2f} ms{number:>8.0f} x  {name[:100]}" for name, ms, number in part.longest]
     total = sum(part.milliseconds for part in parts)
     return "\n".join([*lines, f"{'all kernels':<28}{total:>9.2f} ms"])

@@ -31,7 +31,7 @@ from loader_inputs import time_decoders, time_spoiled
 from loader_rivals import clips_per_second, torch_dataloader, webdataset_pillow
 from loader_stages import WARMUP, measure_loader
 from result_page import write_page
-from step_parts import host_table, parts_of, table
+from step_parts import host_table, idle_table, parts_of, table
 
 from miles_fast.config import Config, load_config
 from miles_fast.data.demo import prepare_demo
@@ -80,6 +80,7 @@ def profile_step(config: Config, settings: EngineSettings, options: argparse.Nam
             pretrain(config, settings, evaluate=lambda *_: profile.step() or {})
     parts = parts_of(profile, num_steps)
     print(table(parts))
+    print(idle_table(profile, num_steps))
     print(host_table(profile, num_steps))
     return {part.name: part.milliseconds for part in parts}
 
