@@ -12,6 +12,7 @@ import torch
 
 from miles_fast.kernels import (
     attention_cases,
+    biased_gelu,
     cases,
     feature_regression,
     space_attention,
@@ -88,6 +89,17 @@ _SPACE_FORWARD = _listed(
     (64, 128, 4, 2, None),
     (256, 64, 16, 2, None),
 )
+# (rows a step, steps, columns, warps)
+_GELU_BACKWARD = _listed(
+    (32, 8, 128, 4),
+    (16, 8, 128, 4),
+    (16, 16, 256, 4),
+    (8, 32, 256, 4),
+    (8, 32, 512, 4),
+    (16, 16, 256, 8),
+    (32, 16, 256, 8),
+    (64, 8, 64, 4),
+)
 _SPACE_KEY = _listed(
     (32, 128, 8, 2, 128),
     (16, 128, 8, 2, 128),
@@ -105,8 +117,8 @@ def _eager_and_compiled(reference: Callable) -> dict[str, Callable]:
 
 
 def _backends(axis: str) -> dict[str, Callable]:
-    def run(qkv: torch.Tensor, num_frames: int, backend: str) -> torch.Tensor:
-        return divided_attention(qkv, num_frames, axis, backend)
+    def run(qkv: torch.Tensor, num_frames: int, *bias: torch.Tensor, backend: str) -> torch.Tensor:
+        return divided_attention(qkv, num_frames, axis, backend, *bias)
 
     names = ["sdpa", *(["flash"] if importlib.util.find_spec("flash_attn") else [])]
     eager = {name: partial(run, backend=name) for name in names}
@@ -120,6 +132,16 @@ CONTESTS = {
         rivals=_eager_and_compiled(token_gather.token_gather_reference),
         trainer_cases=cases.TOKEN_GATHER_TRAINER,
         tables=_both_tables(token_gather, _rows_and_warps),
+        key=_block_width,
+    ),
+    "biased_gelu": Contest(
+        op=biased_gelu.biased_gelu,
+        reference=biased_gelu.biased_gelu_reference,
+        rivals=_eager_and_compiled(biased_gelu.biased_gelu_reference),
+        trainer_cases=cases.BIASED_GELU_TRAINER,
+        tables=(
+            LaunchTable(name="backward", entries=biased_gelu.LAUNCH_BACKWARD, candidates=_GELU_BACKWARD),
+        ),
         key=_block_width,
     ),
     "feature_regression": Contest(

@@ -24,21 +24,21 @@ def joules() -> float | None:
 
 
 class EnergyMeter:
-    """Deals a loader's batches and reads the counter after `warmup` of them and after the last."""
+    """Deals a loader's batches; reads the counter when batch `warmup` and the last of `count` are asked for.
 
-    def __init__(self, warmup: int) -> None:
-        self._warmup = warmup
+    What comes behind the last step (a checkpoint, say) is not counted.
+    """
+
+    def __init__(self, warmup: int, count: int) -> None:
+        self._warmup, self._last = warmup, count - 1
         self.joules_per_batch: float | None = None
 
     def deal(self, loader: Loader, first_step: int) -> Generator[Batch, None, None]:
         """The loader's batches."""
-        start, count = None, 0
-        try:
-            for batch in loader.batches(first_step):
-                if count == self._warmup:
-                    start = joules()
-                count += 1
-                yield batch
-        finally:
-            if start is not None:
-                self.joules_per_batch = (joules() - start) / (count - self._warmup)
+        start = None
+        for number, batch in enumerate(loader.batches(first_step)):
+            if number == self._warmup:
+                start = joules()
+            if number == self._last and start is not None:
+                self.joules_per_batch = (joules() - start) / (number - self._warmup)
+            yield batch

@@ -103,7 +103,7 @@ def _measure(variant: Variant, config_file: str, overrides: Sequence[str], ds_tr
         run = [f"run.steps={steps}", f"run.folder={folder}/run", "run.log_every=5"]
         config = load_config(config_file, [*overrides, *variant.overrides, *run])
         settings = check_ds_config(ds_tree, "ds config", config, cuda=cuda, ranks=1)
-        meter = EnergyMeter(WARMUP * settings.accumulation)
+        meter = EnergyMeter(WARMUP * settings.accumulation, steps * settings.accumulation)
         pretrain(config, settings, deal=meter.deal)
         records = [r for r in read_log(Path(config.run.folder)) if "loss" in r and r["step"] > WARMUP]
     names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")

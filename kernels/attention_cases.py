@@ -14,7 +14,8 @@ from miles_fast.kernels.cases import Inputs
 class AttentionCase:
     """B clips of T frames of P patches and a CLS token, H heads of S, packed as the qkv layer writes them.
 
-    `scale` is the size of the numbers: at 4 the softmax is nearly one-hot.
+    `scale` is the size of the numbers: at 4 the softmax is nearly one-hot. The leaf is the packed qkv, or
+    with `of_bias` the bias that it holds.
     """
 
     B: int
@@ -24,12 +25,15 @@ class AttentionCase:
     S: int
     dtype: torch.dtype
     scale: float = 1.0
+    of_bias: bool = False
 
     @property
     def name(self) -> str:
         """Unique among the cases."""
         scale = f"-scale{self.scale:g}" if self.scale != 1.0 else ""
-        return f"{self.B}x{self.T}x{self.P}x{self.H}x{self.S}-{str(self.dtype).removeprefix('torch.')}{scale}"
+        bias = "-bias" if self.of_bias else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.B}x{self.T}x{self.P}x{self.H}x{self.S}-{dtype}{scale}{bias}"
 
     @property
     def _row_bytes(self) -> int:
@@ -46,20 +50,20 @@ class AttentionCase:
         return 7 * self._row_bytes
 
     def inputs(self, device: str) -> Inputs:
-        """The packed qkv as leaf, the number of frames is the case's own."""
+        """The number of frames is the case's own."""
         generator = torch.Generator().manual_seed(0)
         tokens = 1 + self.T * self.P
         qkv = self.scale * torch.randn(self.B, tokens, 3, self.H, self.S, generator=generator)
         d_output = torch.randn(self.B, tokens, self.H * self.S, generator=generator)
-        return Inputs(
-            leaf=qkv.to(device, self.dtype).requires_grad_(),
-            constants=(),
-            d_output=d_output.to(device, self.dtype),
-        )
+        qkv, d_output = qkv.to(device, self.dtype), d_output.to(device, self.dtype)
+        if self.of_bias:
+            bias = torch.randn(3 * self.H * self.S, generator=generator).to(device, self.dtype)
+            return Inputs(leaf=bias.requires_grad_(), constants=(qkv,), d_output=d_output)
+        return Inputs(leaf=qkv.requires_grad_(), constants=(), d_output=d_output)
 
     def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
-        """`op(qkv, num_frames)`."""
-        return op(inputs.leaf, self.T)
+        """`op(qkv, num_frames)`, or `op(qkv, num_frames, bias)`."""
+        return op(*inputs.constants, self.T, inputs.leaf) if self.of_bias else op(inputs.leaf, self.T)
 
 
 _HALF, _FULL = torch.bfloat16, torch.float32
@@ -71,6 +75,7 @@ TRAINER = (
     AttentionCase(B=4, T=16, P=196, H=12, S=64, dtype=_HALF),
     AttentionCase(B=64, T=4, P=49, H=12, S=64, dtype=_HALF),
     AttentionCase(B=64, T=4, P=256, H=6, S=64, dtype=_HALF),
+    AttentionCase(B=64, T=4, P=196, H=12, S=64, dtype=_HALF, of_bias=True),
 )
 SMALL = (
     AttentionCase(B=2, T=4, P=4, H=2, S=16, dtype=_FULL),
@@ -83,4 +88,6 @@ SMALL = (
     AttentionCase(B=1, T=4, P=6, H=2, S=16, dtype=_FULL, scale=4.0),
     AttentionCase(B=1, T=16, P=3, H=1, S=16, dtype=_HALF),
     AttentionCase(B=1, T=2, P=33, H=1, S=16, dtype=_FULL),
+    AttentionCase(B=2, T=3, P=37, H=2, S=24, dtype=_FULL, of_bias=True),
+    AttentionCase(B=2, T=4, P=4, H=2, S=16, dtype=_HALF, of_bias=True),
 )

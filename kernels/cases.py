@@ -226,6 +226,53 @@ FEATURE_REGRESSION_SMALL = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BiasedGeluCase:
+    """M rows of D; the leaf is the hidden tensor, or with `of_bias` the bias."""
+
+    M: int
+    D: int
+    dtype: torch.dtype
+    of_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.M}x{self.D}-{_short(self.dtype)}{'-bias' if self.of_bias else ''}"
+
+    @property
+    def forward_bytes(self) -> int:
+        return 2 * self.M * self.D * self.dtype.itemsize
+
+    @property
+    def backward_bytes(self) -> int:
+        return 3 * self.M * self.D * self.dtype.itemsize
+
+    def inputs(self, device: str) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        hidden = (2 * torch.randn(self.M, self.D, generator=generator)).to(device, self.dtype)
+        bias = torch.randn(self.D, generator=generator).to(device, self.dtype)
+        d_output = torch.randn(self.M, self.D, generator=generator)
+        leaf, other = (bias, hidden) if self.of_bias else (hidden, bias)
+        return Inputs(
+            leaf=leaf.requires_grad_(), constants=(other,), d_output=d_output.to(device, self.dtype)
+        )
+
+    def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
+        (other,) = inputs.constants
+        return op(other, inputs.leaf) if self.of_bias else op(inputs.leaf, other)
+
+
+BIASED_GELU_TRAINER = (
+    BiasedGeluCase(M=64 * 785, D=3072, dtype=_HALF),
+    BiasedGeluCase(M=64 * 785, D=3072, dtype=_HALF, of_bias=True),
+)
+BIASED_GELU_SMALL = tuple(
+    BiasedGeluCase(M=M, D=D, dtype=dtype, of_bias=of_bias)
+    for of_bias in (False, True)
+    for M, D, dtype in ((300, 40, _FULL), (300, 136, _HALF), (5, 7, torch.float16), (1, 1, _FULL))
+)
+
+
 @contextlib.contextmanager
 def unwritten_memory_is_nan():
     """Deterministic algorithms and NaN in every uninitialised tensor, so that a row nobody wrote shows."""

@@ -32,6 +32,13 @@ def divided_attention_reference(qkv_BN3HS: torch.Tensor, num_frames: int, axis: 
     return (weights @ value).transpose(1, 2).flatten(2)
 
 
+def with_bias_history(qkv_BN3HS: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same numbers, whose gradient also reaches a `bias` (3 H S,) that they already hold."""
+    if bias is None:
+        return qkv_BN3HS
+    return qkv_BN3HS + (bias - bias.detach()).view(qkv_BN3HS.shape[2:])
+
+
 def check_packed_qkv(qkv_BN3HS: torch.Tensor, num_frames: int) -> None:
     """Raise ValueError unless the qkv is a floating-point (B, 1 + T P, 3, H, S) with T = `num_frames`."""
     if qkv_BN3HS.dim() != 5 or qkv_BN3HS.shape[2] != 3 or not qkv_BN3HS.is_floating_point():

@@ -18,7 +18,8 @@ Forward saves lse (B, H, N) float32. Backward:
 
 in two kernels: programs of the first own queries (d_q, and delta for the second), programs of the second own
 keys (d_k, d_v). Seven products instead of five, but no d_q passes between programs. W and dX are rounded to
-the input's dtype for the products; everything else is float32.
+the input's dtype for the products; everything else is float32. With `bias`, which qkv already holds, they
+also leave the sums of their d_q, d_k and d_v over rows, which add up to its gradient.
 
 Letters beyond the README's: P positions per frame, H heads, S head width.
 """
@@ -31,7 +32,11 @@ import torch
 
 from miles_fast.kernels.cls_row import combine_cls_gradient, combine_cls_output
 from miles_fast.kernels.dispatch import INTERPRETED, jit, runs_triton, tl, triton
-from miles_fast.kernels.divided_attention import check_packed_qkv, divided_attention_reference
+from miles_fast.kernels.divided_attention import (
+    check_packed_qkv,
+    divided_attention_reference,
+    with_bias_history,
+)
 
 # (P + 1, S), each rounded up to a power of two -> (query rows, key rows, warps per program, pipeline stages,
 # most registers per thread or None), for 16-bit numbers; read at every call.
@@ -43,9 +48,11 @@ LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 64, 4, 3, None)}
 LAUNCH_BACKWARD_KEY = {(256, 64): (64, 64, 4, 3, None)}
 
 
-def space_attention_reference(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:
+def space_attention_reference(
+    qkv_BN3HS: torch.Tensor, num_frames: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """out (B, N, H S): the definition, in any dtype, differentiable by autograd."""
-    return divided_attention_reference(qkv_BN3HS, num_frames, "space")
+    return divided_attention_reference(with_bias_history(qkv_BN3HS, bias), num_frames, "space")
 
 
 # The interpreter keeps a bfloat16 as its bits, and its tl.dot multiplies the bits.
@@ -176,6 +183,7 @@ def _query_gradient_kernel(
     row_starts_ptr,
     d_qkv_ptr,
     cls_partial_ptr,
+    bias_partial_ptr,
     num_tokens,
     scale,
     d_scale,
@@ -187,6 +195,7 @@ def _query_gradient_kernel(
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
 ):
     clip, frame, head, first_query = _place(num_tokens, P, H, BLOCK_Q)
     D: tl.constexpr = H * S
@@ -222,6 +231,11 @@ def _query_gradient_kernel(
     d_q = _query_gradient(q, k_tail, v_tail, d_out, lse, delta, allowed, d_q, scale, True) * d_scale
 
     column = tl.arange(0, BLOCK_S)
+    if WITH_BIAS:
+        # Rows behind CLS have no gradient: their weights are 0.
+        blocks: tl.constexpr = (P + BLOCK_Q) // BLOCK_Q
+        block = ((clip * H + head) * T + frame) * blocks + first_query // BLOCK_Q
+        tl.store(bias_partial_ptr + block * S + column, tl.sum(d_q, axis=0), mask=column < S)
     d_q_ptr = d_qkv_ptr + (clip * num_tokens + first_token + first_query) * ROW + head * S
     d_q_ptrs = d_q_ptr + tl.arange(0, BLOCK_Q)[:, None] * ROW + column[None, :]
     tl.store(d_q_ptrs, d_q, mask=(query < P)[:, None] & (column < S)[None, :])
@@ -257,6 +271,7 @@ def _key_gradient_kernel(
     row_starts_ptr,
     d_qkv_ptr,
     cls_partial_ptr,
+    bias_partial_ptr,
     num_tokens,
     scale,
     d_scale,
@@ -268,6 +283,7 @@ def _key_gradient_kernel(
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
 ):
     clip, frame, head, first_key = _place(num_tokens, P, H, BLOCK_K)
     D: tl.constexpr = H * S
@@ -301,6 +317,14 @@ def _key_gradient_kernel(
     d_k *= d_scale
 
     column = tl.arange(0, BLOCK_S)
+    if WITH_BIAS:
+        # Rows behind CLS hold what became of their weights, which are not 0.
+        blocks: tl.constexpr = (P + BLOCK_K) // BLOCK_K
+        block = (((clip * H + head) * T + frame) * blocks + first_key // BLOCK_K) * 2
+        present = (key <= P)[:, None]
+        bias_ptrs = bias_partial_ptr + block * S + column
+        tl.store(bias_ptrs, tl.sum(tl.where(present, d_k, 0.0), axis=0), mask=column < S)
+        tl.store(bias_ptrs + S, tl.sum(tl.where(present, d_v, 0.0), axis=0), mask=column < S)
     inside = (key < P)[:, None] & (column < S)[None, :]
     d_k_ptr = d_qkv_ptr + (clip * num_tokens + first_token + first_key) * ROW + D + head * S
     d_k_ptrs = d_k_ptr + tl.arange(0, BLOCK_K)[:, None] * ROW + column[None, :]
@@ -365,19 +389,27 @@ def _attend_frames(qkv_BN3HS: torch.Tensor, T: int) -> tuple[torch.Tensor, torch
     return out_BND, lse_BHN
 
 
-def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> torch.Tensor:
+def _differentiate_frames(
+    d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int, with_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     d_out_BND, qkv_BN3HS = d_out_BND.contiguous(), qkv_BN3HS.contiguous()
     B, N, _, H, S = qkv_BN3HS.shape
     P = (N - 1) // T
     d_qkv_BN3HS = torch.empty_like(qkv_BN3HS)
     if d_qkv_BN3HS.numel() == 0:
-        return d_qkv_BN3HS
+        return d_qkv_BN3HS, qkv_BN3HS.new_zeros(3 * H * S, dtype=torch.float32)
     row_starts_BHN2 = torch.empty((B, H, N, 2), dtype=torch.float32, device=qkv_BN3HS.device)
     cls_partial_BHT3S = torch.empty((B, H, T, 3, S), dtype=torch.float32, device=qkv_BN3HS.device)
     scales = math.log2(math.e) / math.sqrt(S), 1 / math.sqrt(S)
-    sizes = {"P": P, "H": H, "S": S, "BLOCK_S": max(16, triton.next_power_of_2(S))}
+    sizes = {"P": P, "H": H, "S": S, "BLOCK_S": max(16, triton.next_power_of_2(S)), "WITH_BIAS": with_bias}
+
+    def partial(block: int, parts: int) -> torch.Tensor:
+        chunks = T * triton.cdiv(P + 1, block) if with_bias else 0
+        return torch.empty((B, H, chunks, parts, S), dtype=torch.float32, device=qkv_BN3HS.device)
+
     with torch.cuda.device_of(qkv_BN3HS):
         block_q, block_k, num_warps, stages, maxnreg = _launch_parameters(LAUNCH_BACKWARD_QUERY, qkv_BN3HS, P)
+        query_bias_BHC1S = partial(block_q, 1)
         _query_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_q),)](
             qkv_BN3HS,
             out_BND,
@@ -386,6 +418,7 @@ def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> tor
             row_starts_BHN2,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
+            query_bias_BHC1S,
             N,
             *scales,
             **sizes,
@@ -397,12 +430,14 @@ def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> tor
             maxnreg=maxnreg,
         )
         block_q, block_k, num_warps, stages, maxnreg = _launch_parameters(LAUNCH_BACKWARD_KEY, qkv_BN3HS, P)
+        key_bias_BHC2S = partial(block_k, 2)
         _key_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_k),)](
             qkv_BN3HS,
             d_out_BND,
             row_starts_BHN2,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
+            key_bias_BHC2S,
             N,
             *scales,
             **sizes,
@@ -414,7 +449,8 @@ def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> tor
             maxnreg=maxnreg,
         )
         combine_cls_gradient(cls_partial_BHT3S, d_qkv_BN3HS)
-    return d_qkv_BN3HS
+    d_bias_H3S = torch.cat([share.sum((0, 2)) for share in (query_bias_BHC1S, key_bias_BHC2S)], dim=1)
+    return d_qkv_BN3HS, d_bias_H3S.transpose(0, 1).flatten()
 
 
 # Opaque custom ops rather than triton_op: `wrap_triton` refuses interpreted kernels, and there is nothing
@@ -422,14 +458,14 @@ def _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, T: int) -> tor
 @torch.library.custom_op(
     "miles_fast::space_attention",
     mutates_args=(),
-    schema="(Tensor qkv_BN3HS, SymInt num_frames) -> (Tensor, Tensor)",
+    schema="(Tensor qkv_BN3HS, SymInt num_frames, Tensor? bias=None) -> (Tensor, Tensor)",
 )
-def _space_attention(qkv_BN3HS, num_frames):
+def _space_attention(qkv_BN3HS, num_frames, bias=None):
     return _attend_frames(qkv_BN3HS, num_frames)
 
 
 @_space_attention.register_fake
-def _(qkv_BN3HS, num_frames):
+def _(qkv_BN3HS, num_frames, bias=None):
     B, N, _, H, S = qkv_BN3HS.shape
     return qkv_BN3HS.new_empty((B, N, H * S)), qkv_BN3HS.new_empty((B, H, N), dtype=torch.float32)
 
@@ -437,33 +473,42 @@ def _(qkv_BN3HS, num_frames):
 @torch.library.custom_op(
     "miles_fast::space_attention_backward",
     mutates_args=(),
-    schema="(Tensor d_out_BND, Tensor qkv_BN3HS, Tensor out_BND, Tensor lse_BHN, SymInt num_frames)"
-    " -> Tensor",
+    schema="(Tensor d_out_BND, Tensor qkv_BN3HS, Tensor out_BND, Tensor lse_BHN, SymInt num_frames, "
+    "bool with_bias) -> (Tensor, Tensor)",
 )
-def _space_attention_backward(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames):
-    return _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames)
+def _space_attention_backward(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames, with_bias):
+    return _differentiate_frames(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames, with_bias)
 
 
 @_space_attention_backward.register_fake
-def _(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames):
-    return qkv_BN3HS.new_empty(qkv_BN3HS.shape)
+def _(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames, with_bias):
+    _, _, _, H, S = qkv_BN3HS.shape
+    return qkv_BN3HS.new_empty(qkv_BN3HS.shape), qkv_BN3HS.new_empty(3 * H * S, dtype=torch.float32)
 
 
 def _save_for_backward(ctx, inputs, output):
-    qkv_BN3HS, ctx.num_frames = inputs
+    qkv_BN3HS, ctx.num_frames, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(qkv_BN3HS, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, d_out_BND, _d_lse):
-    return _space_attention_backward(d_out_BND, *ctx.saved_tensors, ctx.num_frames), None
+    d_qkv_BN3HS, d_bias = _space_attention_backward(
+        d_out_BND, *ctx.saved_tensors, ctx.num_frames, ctx.bias_dtype is not None
+    )
+    return d_qkv_BN3HS, None, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
 
 
 _space_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def space_attention(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:
+def space_attention(
+    qkv_BN3HS: torch.Tensor, num_frames: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention within frames: (B, N, 3, H, S) to (B, N, H * S), with N = 1 + `num_frames` * P and gradient.
+
+    `bias` (3 H S,) is one that qkv already holds without its history: it gets its gradient here.
 
     Triton for float32, bfloat16 and float16 on CUDA tensors (or under TRITON_INTERPRET=1), else the
     reference. A qkv that is not contiguous is copied once.
@@ -473,5 +518,5 @@ def space_attention(qkv_BN3HS: torch.Tensor, num_frames: int) -> torch.Tensor:
     """
     check_packed_qkv(qkv_BN3HS, num_frames)
     if runs_triton(qkv_BN3HS):
-        return _space_attention(qkv_BN3HS.contiguous(), num_frames)[0]
-    return space_attention_reference(qkv_BN3HS, num_frames)
+        return _space_attention(qkv_BN3HS.contiguous(), num_frames, bias)[0]
+    return space_attention_reference(qkv_BN3HS, num_frames, bias)

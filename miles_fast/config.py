@@ -245,6 +245,10 @@ class RunConfig:
     `freeze`: prefixes of published weight names (video_model.blocks.0., say) that are not trained; ZeRO-3
     takes none. With a `patience` the best model by the R-sum on the first evaluation set is kept in RUN/best,
     and the run ends after so many evaluations without a better one; 0 trains all steps.
+
+    `compile` has torch.compile fuse what lies between matrix products; `cuda_graphs` has a GPU launch the
+    passes of a step as a whole (ZeRO 0 to 2). `activation_memory_budget`, with `compile`, is the share of
+    what backward needs that is kept; the rest, cheapest first, is computed again.
     """
 
     folder: str
@@ -265,6 +269,8 @@ class RunConfig:
     init_from: str | None = None
     freeze: list[str] = Field(default_factory=list)
     compile: bool = False
+    cuda_graphs: bool = False
+    activation_memory_budget: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
 
 
 @dataclass(**_OPTIONS)
@@ -280,6 +286,10 @@ class Config:
         if self.run.patience and not (self.run.evaluate_every and self.data.evaluation):
             raise ValueError(
                 f"run.patience = {self.run.patience} needs run.evaluate_every and a set in data.evaluation"
+            )
+        if self.run.activation_memory_budget < 1 and not self.run.compile:
+            raise ValueError(
+                f"run.activation_memory_budget = {self.run.activation_memory_budget} needs run.compile: true"
             )
         if self.data.caption_tokens > self.model.text.max_positions:
             raise ValueError(

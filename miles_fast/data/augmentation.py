@@ -39,7 +39,12 @@ class Augmentation(Protocol):
         """Queue a batch: the frames of each clip, equally many, and its view; they are copied."""
 
     def collect(self) -> Tensor:
-        """The oldest queued batch: (B, T, 3, H, W), normalised; float32 on the CPU, float16 on a GPU."""
+        """The oldest queued batch: (B, T, 3, H, W), normalised, of `pixel_dtype`."""
+
+
+def pixel_dtype(device: torch.device) -> torch.dtype:
+    """What normalised pixels are handed out in: float32 on the CPU, float16 on a GPU."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def build_augmentation(
@@ -263,8 +268,7 @@ class PillowAugmentation:
         images = self._queue.pop(0).to(self._device).permute(0, 3, 1, 2).float().div(255)
         mean = torch.tensor(MEAN, device=images.device)[:, None, None]
         std = torch.tensor(STD, device=images.device)[:, None, None]
-        dtype = torch.float16 if images.is_cuda else torch.float32
-        return ((images - mean) / std).to(dtype).unflatten(0, (-1, self._num_frames))
+        return ((images - mean) / std).to(pixel_dtype(images.device)).unflatten(0, (-1, self._num_frames))
 
     def _image(self, frame: np.ndarray, view: View) -> np.ndarray:
         from PIL import Image

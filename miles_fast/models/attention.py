@@ -13,13 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles_fast.kernels.divided_attention import Axis, check_packed_qkv, divided_attention_reference
+from miles_fast.kernels.dispatch import runs_triton
+from miles_fast.kernels.divided_attention import (
+    Axis,
+    check_packed_qkv,
+    divided_attention_reference,
+    with_bias_history,
+)
 from miles_fast.kernels.space_attention import space_attention
 from miles_fast.kernels.temporal_attention import temporal_attention
 
 
-def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: str = "auto") -> Tensor:
+def divided_attention(
+    qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: str = "auto", bias: Tensor | None = None
+) -> Tensor:
     """Attend along one axis; returns (B, N, H * S) in the dtype of the input.
+
+    `bias` (3 H S,) is one that qkv already holds without its history (`takes_bias`): it gets its gradient.
 
     Backends: `triton` (this project's ops, from the packed qkv), `sdpa` (torch's fused attention), `flash`
     (flash-attn 4 or 2: CUDA, bf16 or fp16), `eager` (products and a softmax over rearranged copies, as the
@@ -30,15 +40,16 @@ def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: s
     if axis not in ("time", "space"):
         raise ValueError(f"axis = {axis!r}: expected 'time' or 'space'")
     check_packed_qkv(qkv_BN3HS, num_frames)
+    if backend == "triton" or (backend == "auto" and qkv_BN3HS.is_cuda):
+        op = temporal_attention if axis == "time" else space_attention
+        return op(qkv_BN3HS, num_frames, bias)
+    qkv_BN3HS = with_bias_history(qkv_BN3HS, bias)
     if backend == "reference":
         return divided_attention_reference(qkv_BN3HS, num_frames, axis)
-    if backend not in ("auto", "triton", *_ATTEND):
+    if backend not in ("auto", *_ATTEND):
         raise ValueError(
             f"attention backend {backend!r}: expected auto, triton, sdpa, flash, eager or reference"
         )
-    if backend == "triton" or (backend == "auto" and qkv_BN3HS.is_cuda):
-        op = temporal_attention if axis == "time" else space_attention
-        return op(qkv_BN3HS, num_frames)
     attend = _ATTEND.get(backend, _sdpa_attend)
     cls_B1HS = attend(qkv_BN3HS[:, :1, 0], qkv_BN3HS[:, :, 1], qkv_BN3HS[:, :, 2])
     if axis == "time" and backend != "eager":
@@ -46,6 +57,11 @@ def divided_attention(qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: s
     else:
         patches = _attend_groups(qkv_BN3HS, num_frames, axis, attend)
     return torch.cat([cls_B1HS, patches], dim=1).flatten(2)
+
+
+def takes_bias(x: Tensor, backend: str) -> bool:
+    """Whether attention gives the qkv layer's bias its gradient at no cost (this project's ops on a GPU)."""
+    return x.is_cuda and backend in ("auto", "triton") and runs_triton(x)
 
 
 def require_backend(backend: str) -> None:

@@ -49,7 +49,9 @@ class DualEncoder(nn.Module):
 
     def embed_text(self, token_ids_BL: Tensor, attention_BL: Tensor) -> Tensor:
         """Captions in the shared space, not normalised: (B, L), (B, L) -> (B, E)."""
-        hidden_BLD = self.text_model(input_ids=token_ids_BL, attention_mask=attention_BL).last_hidden_state
+        # Of a mask (B, L) transformers asks on the host whether it masks anything, which waits for the GPU.
+        mask_B1LL = attention_BL[:, None, None].bool().expand(-1, 1, attention_BL.shape[1], -1)
+        hidden_BLD = self.text_model(input_ids=token_ids_BL, attention_mask=mask_B1LL).last_hidden_state
         return self.text_proj(hidden_BLD[:, 0])
 
     def video_features(self, video_BTCHW: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miles_fast.config import VideoEncoderConfig
+from miles_fast.kernels.biased_gelu import linear_gelu
 from miles_fast.kernels.token_gather import token_gather
-from miles_fast.models.attention import Axis, divided_attention, require_backend
+from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
 
 
 class DividedAttention(nn.Module):
@@ -26,8 +27,10 @@ class DividedAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, num_frames: int, rows_BM: Tensor | None = None) -> Tensor:
-        qkv_BN3HS = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
-        attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend)
+        bias = self.qkv.bias if takes_bias(x_BND, self.backend) else None
+        qkv_BND = self.qkv(x_BND) if bias is None else F.linear(x_BND, self.qkv.weight, bias.detach())
+        qkv_BN3HS = qkv_BND.unflatten(-1, (3, self.heads, -1))
+        attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend, bias)
         return self.proj(attended_BND if rows_BM is None else token_gather(attended_BND, rows_BM))
 
 
@@ -40,7 +43,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
 class Block(nn.Module):
@@ -155,12 +158,7 @@ class SpaceTimeTransformer(nn.Module):
         must be distinct within a clip.
         """
         num_frames = video_BTCHW.shape[1]
-        patches_BND = self.patch_embed(video_BTCHW)
-        if masked_BN is not None:
-            assert mask_token is not None
-            masked = torch.where(masked_BN[..., None], mask_token.to(patches_BND.dtype), patches_BND)
-            patches_BND = torch.cat([masked, patches_BND]) if with_unmasked else masked
-        x_BND = self._embed_positions(patches_BND, num_frames)
+        x_BND = self.embed(video_BTCHW, masked_BN, mask_token, with_unmasked)
         if visible_BK is not None:
             x_BND = token_gather(x_BND, F.pad(visible_BK + 1, (1, 0)))
         *blocks, last = self.blocks
@@ -168,9 +166,21 @@ class SpaceTimeTransformer(nn.Module):
             x_BND = block(x_BND, num_frames)
         return self.norm(last(x_BND, num_frames, rows_BM))
 
-    def _embed_positions(self, patches_BND: Tensor, num_frames: int) -> Tensor:
+    def embed(
+        self,
+        video_BTCHW: Tensor,
+        masked_BN: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        with_unmasked: bool = False,
+    ) -> Tensor:
+        """Tokens before the first block, (B, N, D) or (2 B, N, D), with their positions; as in `forward`."""
+        patches_BND = self.patch_embed(video_BTCHW)
+        if masked_BN is not None:
+            assert mask_token is not None
+            masked = torch.where(masked_BN[..., None], mask_token.to(patches_BND.dtype), patches_BND)
+            patches_BND = torch.cat([masked, patches_BND]) if with_unmasked else masked
         batch, _, width = patches_BND.shape
-        frames_TD = self.temporal_table(num_frames)
+        frames_TD = self.temporal_table(video_BTCHW.shape[1])
         table_TPD = self.pos_embed[0, None, 1:] + frames_TD[:, None]
         cls_1D = self.cls_token[0] + self.pos_embed[0, :1]
         tokens_BND = patches_BND + table_TPD.flatten(0, 1)

@@ -91,7 +91,14 @@ def check_ds_config(
     if "optimizer" not in tree:
         raise ConfigError(f"{source}: optimizer is missing; ds.json in the repository shows one")
     stage = tree.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    if stage == 3 and config.run.cuda_graphs:
+        raise ConfigError(
+            f"{source}: zero_optimization.stage = 3 gathers weights anew for every step, which a CUDA graph "
+            "cannot follow; set run.cuda_graphs: false, or stage 2"
+        )
     tree.setdefault("steps_per_print", 10**9)
+    # DeepSpeed's own throughput, which nothing prints, would have the host wait for the GPU twice a step.
+    tree.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     return EngineSettings(
         tree=tree, batch=batch, accumulation=accumulation, stage=stage, bf16=bool(bf16.get("enabled"))
     )
@@ -186,6 +193,9 @@ def use_flat_gradients(optimizer: Any) -> None:
         return flat if for_clipping else (flat, {})
 
     optimizer.update_hp_grads, optimizer.get_grads_for_norm = update_hp_grads, get_grads_for_norm
+    if world_size() == 1:
+        # It would join all gradients, round them to bf16 and copy them back, to sum them over one rank.
+        optimizer.get_grads_for_reduction = lambda: ([], {})
     # Without a gradient to add to, backward hands its own over.
     optimizer.backward_prologue = partial(optimizer.clear_lp_grads, set_to_none=True)
 

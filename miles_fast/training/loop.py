@@ -15,18 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as partitioning
 
 from miles_fast.config import Config, to_dict
+from miles_fast.data.augmentation import pixel_dtype
 from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
-from miles_fast.distributed import barrier, gather_objects, logger, rank, world_size
+from miles_fast.distributed import barrier, gather_objects, logger, note_once, rank, world_size
 from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
 from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import find_checkpoint, model_folder, read_state, restore_checkpoint
 from miles_fast.training.early_stopping import EarlyStopping, Verdict
 from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
+from miles_fast.training.graphs import capture_passes
 from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.memory_report import OutOfMemory, memory_report
 from miles_fast.training.meter import Meter
@@ -89,7 +92,7 @@ def pretrain(
             device=device,
         )
     if config.run.compile:
-        compile_towers(objective, snapshot)
+        compile_passes(objective, snapshot, config.run.activation_memory_budget)
     engine = build_engine(objective, settings)
     torch.manual_seed(config.run.seed + 1 + rank())
     if checkpoint:
@@ -108,6 +111,11 @@ def pretrain(
         quarantine=quarantine,
         draw_masks=partial(draw_step_masks, config, settings.batch, rank()) if snapshot else None,
     )
+    if config.run.cuda_graphs:
+        if device.type == "cuda":
+            capture_passes(objective, snapshot, _sample_batch(config, settings.batch, device))
+        else:
+            note_once("run.cuda_graphs: without a GPU the passes run one operator at a time")
     if state.get("clips_per_step", share.global_batch) != share.global_batch:
         logger.warning(
             "%s took %d clips a step, this run takes %d: the order of the data goes on at step %d of the new "
@@ -156,12 +164,35 @@ def pretrain(
         log.close()
 
 
-def compile_towers(objective: Objective, snapshot: Snapshot | None) -> None:
-    """Have the layers of both towers, and of the snapshot's, compiled when they first run.
+def _sample_batch(config: Config, batch: int, device: torch.device) -> Batch:
+    """A batch of the shapes and types that the loader will give."""
+    size = config.model.video.image_size
+    tokens = torch.zeros(batch, config.data.caption_tokens, dtype=torch.long, device=device)
+    masked = None
+    if config.method.view != "none":
+        masked = torch.from_numpy(draw_step_masks(config, batch, rank(), 0)).to(device)
+    return Batch(
+        video_BTCHW=torch.zeros(
+            *(batch, config.data.frames_per_clip, 3, size, size), dtype=pixel_dtype(device), device=device
+        ),
+        token_ids_BL=tokens,
+        attention_BL=torch.ones_like(tokens),
+        masked_BM=masked,
+        keys=(),
+    )
 
-    A layer at a time: all share one compilation. A whole tower takes four times as long to compile.
+
+def compile_passes(objective: Objective, snapshot: Snapshot | None, memory_budget: float) -> None:
+    """Have embeddings and layers of both towers, and of the snapshot's, compiled when they first run.
+
+    A layer at a time: all share one compilation. A whole tower takes four times as long to compile. What
+    `memory_budget` means: RunConfig.activation_memory_budget.
     """
+    partitioning.activation_memory_budget = memory_budget
     towers = [objective.model.video_model, *([snapshot.video_model] if snapshot else [])]
+    for tower in towers:
+        tower.embed = torch.compile(tower.embed, dynamic=False)
+    objective.statistics = torch.compile(objective.statistics, dynamic=False)
     if objective.method.view == "D":
         towers.append(objective.predictor)
     layers = [*(block for tower in towers for block in tower.blocks)]
@@ -201,9 +232,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 batch = next(batches)
                 meter.waited(time.perf_counter() - waiting)
                 t.watchdog.report(f"computing step {step}")
-                losses, norm = train_step(
-                    engine, snapshot, batch, with_statistics=logs, guard=guard, saver=t.saver
-                )
+                losses, norm = train_step(engine, snapshot, batch, with_norm=logs, guard=guard, saver=t.saver)
             vote = ballot.count()
             t.log.advance()
             meter.stepped()
@@ -245,21 +274,19 @@ def train_step(
     snapshot: Snapshot | None,
     batch: Batch,
     *,
-    with_statistics: bool,
+    with_norm: bool,
     guard: LossGuard | None = None,
     saver: Saver | None = None,
 ) -> tuple[Losses, Tensor | None]:
     """One micro step: targets, the student's passes, backward, and DeepSpeed's step at its boundary.
 
-    With statistics also the gradient's norm, where DeepSpeed keeps none. `guard` looks at the loss; `saver`
+    Also the gradient's norm, `with_norm` and where DeepSpeed keeps none. `guard` looks at the loss; `saver`
     may still be copying what the step changes.
     """
     target = snapshot.encode(batch.video_BTCHW, batch.masked_BM) if snapshot is not None else None
-    losses = engine(
-        batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM, target, with_statistics
-    )
+    losses = engine(batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM, target)
     engine.backward(guard.check(losses, batch.keys) if guard else losses.total)
-    norm = gradient_norm(engine) if with_statistics else None
+    norm = gradient_norm(engine) if with_norm else None
     if saver is not None:
         saver.before_update()
     engine.step()

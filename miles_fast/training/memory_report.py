@@ -43,6 +43,7 @@ def memory_report(
     ]
     if settings.stage < 3:
         advice.append(f"zero_optimization.stage {settings.stage} -> {settings.stage + 1} (with several GPUs)")
+    advice.append("run.activation_memory_budget, with run.compile: true (0.3, say: recomputes the rest)")
     advice.append("data.frames_per_clip, or method.view = D, which drops the masked patches")
     return f"rank {rank()} ran out of memory.\n{table}\nLower, in this order:\n  " + "\n  ".join(advice)
 

@@ -19,7 +19,7 @@ class Losses(NamedTuple):
     """Scalars of one step (a NamedTuple, since ZeRO-3 looks for tensors in tuples only).
 
     `target_cosine` is the mean cosine of prediction and target at masked patches, `target_std` the mean over
-    dimensions of the targets' standard deviation (0 = collapse); both are 0 where they were not asked for.
+    dimensions of the targets' standard deviation (0 = collapse); both are 0 where there are no targets.
     """
 
     total: Tensor
@@ -52,14 +52,28 @@ class Objective(nn.Module):
         attention_BL: Tensor,
         masked_BM: Tensor | None = None,
         target_BMD: Tensor | None = None,
-        with_statistics: bool = False,
     ) -> Losses:
         """Losses of a batch; `masked_BM` counts patches from 0, `target_BMD` are the snapshot's there."""
+        inputs = (video_BTCHW, token_ids_BL, attention_BL, masked_BM, target_BMD)
+        text_BE, video_BE, regression, cosine, std = self.encode(*(x for x in inputs if x is not None))
+        contrast = contrastive_loss(text_BE, video_BE, self.method.contrast)
+        total = contrast + self.method.regression.weight * regression
+        # Copies: of a CUDA graph the others are memory that the next micro step writes to.
+        return Losses(total, contrast.detach(), *(x.detach().clone() for x in (regression, cosine, std)))
+
+    def encode(
+        self,
+        video_BTCHW: Tensor,
+        token_ids_BL: Tensor,
+        attention_BL: Tensor,
+        masked_BM: Tensor | None = None,
+        target_BMD: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What needs no other rank: texts and videos (B, E), and regression, cosine and std as in Losses."""
         text_BE = self.model.embed_text(token_ids_BL, attention_BL)
         if self.method.view == "none":
-            contrast = contrastive_loss(text_BE, self.model.embed_video(video_BTCHW), self.method.contrast)
-            zero = torch.zeros_like(contrast)
-            return Losses(contrast, contrast.detach(), zero, zero, zero)
+            zero = text_BE.new_zeros((), dtype=torch.float32)
+            return text_BE, self.model.embed_video(video_BTCHW), zero, zero, zero
         assert masked_BM is not None and target_BMD is not None
         if self.method.view == "D":
             cls_BD, features_BMD = self._encode_visible(video_BTCHW, masked_BM)
@@ -67,16 +81,18 @@ class Objective(nn.Module):
             cls_BD, features_BMD = self._encode_masked(video_BTCHW, masked_BM)
             if self.method.regression.feature == "projected":
                 features_BMD = self.model.vid_proj(features_BMD)
-        contrast = contrastive_loss(text_BE, self.model.vid_proj(cls_BD), self.method.contrast)
         features_BMD = self.head(features_BMD)
         regression = feature_regression(
             features_BMD, target_BMD, normalization=self.method.regression.normalization
         )
-        total = contrast + self.method.regression.weight * regression
-        cosine = std = torch.zeros_like(contrast)
-        if with_statistics:
-            cosine, std = _statistics(features_BMD, target_BMD)
-        return Losses(total, contrast.detach(), regression.detach(), cosine, std)
+        return text_BE, self.model.vid_proj(cls_BD), regression, *self.statistics(features_BMD, target_BMD)
+
+    @staticmethod
+    @torch.no_grad()
+    def statistics(features_BMD: Tensor, target_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        """`target_cosine` and `target_std` of Losses."""
+        cosine = F.cosine_similarity(features_BMD.float(), target_BMD.float(), dim=-1).mean()
+        return cosine, target_BMD.float().flatten(0, 1).std(dim=0).mean()
 
     def _marked(self, video: Tensor, masked_BM: Tensor, dtype: torch.dtype) -> Tensor:
         num_patches = video.shape[1] * self.model.config.video.grid**2
@@ -114,9 +130,3 @@ def _regression_head(kind: str, width: int) -> nn.Module:
     if kind == "linear":
         return nn.Linear(width, width)
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-
-@torch.no_grad()
-def _statistics(features_BMD: Tensor, target_BMD: Tensor) -> tuple[Tensor, Tensor]:
-    cosine = F.cosine_similarity(features_BMD.float(), target_BMD.float(), dim=-1).mean()
-    return cosine, target_BMD.float().flatten(0, 1).std(dim=0).mean()

@@ -17,6 +17,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from miles_fast.kernels import (  # noqa: E402
+    biased_gelu,
     cls_row,
     feature_regression,
     space_attention,
@@ -125,6 +126,28 @@ def _compilations():
                 max_registers=64,
             ),
         )
+    yield (
+        "gelu",
+        Compilation(
+            kernel=biased_gelu._gelu_kernel,
+            pointers={"hidden_ptr": "*bf16", "out_ptr": "*bf16"},
+            constants={"BLOCK": biased_gelu._BLOCK_FORWARD},
+            num_warps=8,
+            max_registers=64,
+        ),
+    )
+    rows, steps, columns, num_warps = biased_gelu.LAUNCH_BACKWARD[4096]
+    halves = ("d_out_ptr", "hidden_ptr", "d_hidden_ptr")
+    yield (
+        "gelu_gradient",
+        Compilation(
+            kernel=biased_gelu._gelu_gradient_kernel,
+            pointers={**dict.fromkeys(halves, "*bf16"), "partial_ptr": "*fp32"},
+            constants={"ROWS": rows, "STEPS": steps, "COLUMNS": columns},
+            num_warps=num_warps,
+            max_registers=128,
+        ),
+    )
     yield from _temporal_attention_compilations()
     yield from _space_attention_compilations()
 
@@ -143,7 +166,10 @@ def _temporal_attention_compilations():
             Compilation(
                 kernel=kernel,
                 pointers={name: "*bf16" if name in halves else "*fp32" for name in pointers},
-                constants={name: constants[name] for name in constants if name != "num_warps"},
+                constants={
+                    **{name: constants[name] for name in constants if name != "num_warps"},
+                    **({"WITH_BIAS": True} if "WITH_BIAS" in kernel.arg_names else {}),
+                },
                 num_warps=constants["num_warps"],
                 max_registers=128,
             ),
@@ -165,7 +191,7 @@ def _space_attention_compilations():
     ):
         block_q, block_k, num_warps, stages, maxnreg = table[256, S]
         kernel = getattr(space_attention, f"_{name}_kernel")
-        floats = (arg for arg in kernel.arg_names if arg.startswith(("lse", "row_starts", "cls")))
+        floats = (arg for arg in kernel.arg_names if arg.startswith(("lse", "row_starts", "cls", "bias")))
         yield (
             f"space-{name}",
             Compilation(
@@ -180,6 +206,7 @@ def _space_attention_compilations():
                     "TAIL": space_attention._tail(P, block_q if name == "key_gradient" else block_k),
                     "BLOCK_S": S,
                     "STAGES": stages,
+                    **({"WITH_BIAS": True} if "WITH_BIAS" in kernel.arg_names else {}),
                 },
                 num_warps=num_warps,
                 max_registers=max_registers,
@@ -229,7 +256,9 @@ def _compile(compilation):
         real = name in ("weight", "scale", "d_scale")
         signature[name] = compilation.pointers.get(name, "fp32" if real else "i32")
         by_sixteen = (
-            name in compilation.pointers or name in ("D", "S") or name.endswith(("stride_clip", "stride_row"))
+            name in compilation.pointers
+            or name in ("D", "S", "count")
+            or name.endswith(("stride_clip", "stride_row"))
         )
         if by_sixteen or name in ("stride_clip", "stride_row"):
             attributes[(place,)] = [["tt.divisibility", 16]]
@@ -271,6 +300,7 @@ def test_every_kernel_is_compiled():
         for module in (
             token_gather,
             token_index,
+            biased_gelu,
             feature_regression,
             temporal_attention,
             space_attention,

@@ -6,14 +6,9 @@ import torch
 from miles_fast.kernels import attention_cases, cases, cls_row
 from miles_fast.kernels import space_attention as module
 from miles_fast.kernels.dispatch import INTERPRETED
-from miles_fast.kernels.divided_attention import divided_attention_reference
-from miles_fast.kernels.space_attention import space_attention
+from miles_fast.kernels.space_attention import space_attention, space_attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _reference(qkv, num_frames):
-    return divided_attention_reference(qkv, num_frames, "space")
 
 
 def _qkv(B=1, N=5, H=1, S=16, dtype=torch.float32):
@@ -27,13 +22,13 @@ def _close(found, expected):
 
 @pytest.mark.parametrize("case", attention_cases.SMALL, ids=lambda case: case.name)
 def test_keeps_the_error_rule(case):
-    assert cases.violations(case, space_attention, _reference, DEVICE) == []
+    assert cases.violations(case, space_attention, space_attention_reference, DEVICE) == []
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", attention_cases.TRAINER, ids=lambda case: case.name)
 def test_keeps_the_error_rule_at_the_trainers_shapes(case):
-    assert cases.violations(case, space_attention, _reference, "cuda") == []
+    assert cases.violations(case, space_attention, space_attention_reference, "cuda") == []
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), ((16, 16), (16, 32), (32, 16)))
@@ -42,17 +37,17 @@ def test_any_tile_of_the_launch_tables_keeps_the_error_rule(block_q, block_k, P,
     case = attention_cases.AttentionCase(B=1, T=2, P=P, H=1, S=16, dtype=torch.float16)
     for table in (module.LAUNCH_FORWARD, module.LAUNCH_BACKWARD_QUERY, module.LAUNCH_BACKWARD_KEY):
         monkeypatch.setitem(table, (64, 16), (block_q, block_k, 4, 1, None))
-    assert cases.violations(case, space_attention, _reference, DEVICE) == []
+    assert cases.violations(case, space_attention, space_attention_reference, DEVICE) == []
 
 
 def test_more_frames_than_cls_row_adds_in_one_step_keep_the_error_rule():
     case = attention_cases.AttentionCase(
         B=1, T=cls_row._CHUNKS_PER_STEP + 2, P=1, H=1, S=16, dtype=torch.float32
     )
-    assert cases.violations(case, space_attention, _reference, DEVICE) == []
+    assert cases.violations(case, space_attention, space_attention_reference, DEVICE) == []
 
 
-@pytest.mark.parametrize("op", (space_attention, _reference))
+@pytest.mark.parametrize("op", (space_attention, space_attention_reference))
 def test_values_and_gradient_by_hand(op):
     # Two frames of one patch; CLS, a, b with values 0, 4, 8 in the first channel. All keys are zero except
     # that of a, and only the query of a sees it: its score is log 3, all others are 0.

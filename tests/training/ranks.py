@@ -77,7 +77,7 @@ def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
     batches, losses, norms, keys = loader.batches(0), [], [], []
     for step in range(1, steps + 1):
         item = next(batches)
-        result, norm = train_step(engine, snapshot, item, with_statistics=True)
+        result, norm = train_step(engine, snapshot, item, with_norm=True)
         snapshot.follow(engine.module.model, step)
         values = torch.stack([value.detach().float() for value in result])
         torch.distributed.all_reduce(values)

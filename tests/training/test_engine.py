@@ -31,7 +31,9 @@ class Net(nn.Module):
 def run(root, accumulation, clipping):
     init_process_group()
     tree = ds_tree(stage=1, batch=2, accumulation=accumulation, bf16=True)
-    tree |= {"data_types": {"grad_accum_dtype": "fp32"}, "gradient_clipping": clipping}
+    # Summed over ranks as they are: DeepSpeed would round them to bf16, over one rank as well.
+    tree |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    tree |= {"gradient_clipping": clipping}
     torch.manual_seed(0)
     engine = build_engine(Net(), check_ds_config(tree, "ds", tiny_config(root), cuda=False, ranks=1))
     norms = []

@@ -1,0 +1,110 @@
+"""CUDA graphs of the passes: the same numbers, and a host that does not wait."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ds_tree, tiny_config, write_data
+
+from miles_fast.config import ConfigError
+from miles_fast.training.engine import check_ds_config
+from miles_fast.training.loop import pretrain
+from miles_fast.training.progress import read_log
+
+# Large enough for its activations to be most of the memory.
+DEEP = {"video": {"image_size": 128, "patch_size": 8, "width": 192, "depth": 8, "heads": 6, "num_frames": 2}}
+VIEW_D = {"view": "D", "mask": {"ratio": 0.75, "kind": "tube_random"}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    place = tmp_path_factory.mktemp("graphs")
+    write_data(place)
+    return place
+
+
+def train(root, name, method, *, steps=6, resume=None, deal=None, model=None, **run):
+    run = {"folder": str(root / name), "steps": steps, "log_every": 1, "save_every": 3, **run}
+    config = tiny_config(root, run=run, method=method, model=model or {})
+    settings = check_ds_config(ds_tree(stage=1, batch=4, bf16=True), "ds", config, cuda=True, ranks=1)
+    pretrain(config, settings, resume=resume, **({"deal": deal} if deal else {}))
+    names = ("step", "loss", "regression", "gradient_norm", "target_cosine", "target_std")
+    return [[r.get(name) for name in names] for r in read_log(root / name) if "loss" in r]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [{"view": "A"}, {"view": "B"}, VIEW_D, {"view": "none"}], ids=str)
+def test_graphs_compute_what_the_operators_do(root, method):
+    name = str(method)[10:14]
+    launched = train(root, f"operators {name}", method, cuda_graphs=False)
+    replayed = train(root, f"graphs {name}", method, cuda_graphs=True)
+    assert len(launched) == 6 and launched[0][1] != launched[-1][1]
+    assert replayed == launched
+
+
+@pytest.mark.gpu
+def test_a_resumed_run_of_graphs_equals_one_that_went_on(root):
+    whole = train(root, "whole", {"view": "A"}, cuda_graphs=True)
+    checkpoint = next((root / "whole" / "checkpoints").glob("*3"))
+    halves = train(root, "halves", {"view": "A"}, cuda_graphs=True, resume=str(checkpoint))
+    assert halves == whole[3:]
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_the_gpu_in_deepspeeds_norm_only(root):
+    seen = []
+
+    def same_batch(loader, first_step):
+        batches = loader.batches(first_step)
+        batch = next(batches)
+        batches.close()  # what its threads wait for is not the step's
+        while True:
+            seen.append(len(caught))
+            yield batch
+
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(
+                root,
+                "waits",
+                {"view": "A"},
+                steps=9,
+                log_every=100,
+                save_every=100,
+                deal=same_batch,
+                cuda_graphs=True,
+            )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    steady = [w for w in caught[seen[4] : seen[8]] if "synchronizing CUDA operation" in str(w.message)]
+    places = {"/".join(Path(w.filename).parts[-3:]) + f":{w.lineno}" for w in steady}
+    assert steady and all("deepspeed" in w.filename for w in steady), places
+
+
+@pytest.mark.gpu
+def test_a_memory_budget_changes_memory_and_no_number(root):
+    peaks, losses = [], []
+    for budget in (1.0, 0.2):
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run = {"compile": True, "activation_memory_budget": budget}
+        rows = train(root, f"budget {budget}", {"view": "A"}, steps=3, model=DEEP, **run)
+        peaks.append(torch.cuda.max_memory_allocated())
+        losses.append([row[1] for row in rows])
+    assert peaks[1] < 0.75 * peaks[0]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+def test_a_memory_budget_needs_the_compiler(root):
+    with pytest.raises(ConfigError, match=r"activation_memory_budget = 0.5 needs run.compile"):
+        tiny_config(root, run={"folder": "x", "steps": 1, "activation_memory_budget": 0.5})
+
+
+def test_zero_3_is_refused(root):
+    config = tiny_config(root, run={"folder": str(root / "three"), "steps": 1, "cuda_graphs": True})
+    with pytest.raises(ConfigError, match="run.cuda_graphs: false"):
+        check_ds_config(ds_tree(stage=3), "ds", config, cuda=True, ranks=1)
