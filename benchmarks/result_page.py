@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from miles_fast.export.report_charts import line_chart
+
 STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1b1f24, #e6e8eb); --page: light-dark(#fff, #15181c);
   --bar: light-dark(#9db4cc, #46607c); --first: light-dark(#1f6feb, #58a6ff) }
@@ -17,6 +19,13 @@ dl { display: grid; grid-template-columns: minmax(8rem, 18rem) 1fr 5.5rem; gap: 
 dt { overflow-wrap: anywhere } dd { margin: 0; align-self: center }
 dd.value { text-align: right; font-variant-numeric: tabular-nums }
 .bar { height: 1rem; background: var(--bar); border-radius: 2px } .first { background: var(--first) }
+figure { margin: 2rem 0 0 } svg { width: 100%; max-width: 40rem }
+svg text { fill: var(--ink); font-size: 11px }
+.grid { stroke: var(--bar); stroke-width: .5 } .line { fill: none; stroke: var(--bar); stroke-width: 2 }
+.line.s2 { stroke-dasharray: 7 3 } .line.s3 { stroke: var(--first) } .key { margin-right: 1rem }
+.key::before { content: ""; display: inline-block; width: 1.2rem; margin-right: .4rem;
+  border-top: 2px solid var(--bar) }
+.key.s2::before { border-top-style: dashed } .key.s3::before { border-color: var(--first) }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr 5.5rem } dt { grid-column: 1 / -1 } }
 """
 
@@ -34,6 +43,9 @@ def write_page(path: Path, head: dict[str, Any], figures: dict[str, Any]) -> Non
                 parts.append(_bars("Share of the GPU's peak in model FLOPs, %", shares, full=100))
     if "parts" in figures:
         parts.append(_bars("GPU time of a step by part, ms", list(figures["parts"].items())))
+    if "curves" in figures:
+        lines = {name: list(enumerate(losses, 1)) for name, losses in figures["curves"].items()}
+        parts.append(line_chart(lines, unit="nats", title="Loss, same seed and data"))
     for name, title in (("loader", "Loader"), ("decoders", "Decoders"), ("spoiled", "Spoiled shards")):
         rows = [
             (key.replace("_", " "), value)

@@ -6,6 +6,7 @@ python benchmarks/throughput.py loader  the loader and its stages; [--videos TAR
 python benchmarks/throughput.py all     the three of them; [--report PAGE.html]
 python benchmarks/throughput.py doctor  what holds a run back, and what removes it
 python benchmarks/throughput.py decoders --videos TAR ...   the loader by layout and decoder
+python benchmarks/throughput.py curves                      the loss as configured and as published
 python benchmarks/throughput.py spoiled                     the loader where samples are unusable
 
 Each stands beside what people would otherwise use, measured in the same run. Any config: [--config FILE]
@@ -23,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import curves
 import model_speed
 import torch
 import variants
@@ -85,6 +87,15 @@ def profile_step(config: Config, settings: EngineSettings, options: argparse.Nam
     return {part.name: part.milliseconds for part in parts}
 
 
+def compare_curves(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """The loss of `--batches` steps as configured, and as published in fp32 and bf16."""
+    init_process_group()
+    tree = json.loads(Path(options.ds_config).read_text())
+    found = curves.measure_curves(options.config, options.overrides, tree, options.batches)
+    print(curves.table(found))
+    return found
+
+
 def time_loader(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
     """The loader, its stages, and what people would otherwise use, on this machine and these shards."""
     shards, workers = open_shards(config.data.train[0], config.data), config.data.decode_workers
@@ -132,6 +143,7 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "step": time_step,
     "loader": time_loader,
     "doctor": diagnose,
+    "curves": compare_curves,
     "decoders": compare_decoders,
     "spoiled": spoil,
 }

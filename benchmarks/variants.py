@@ -33,21 +33,21 @@ class Variant:
     plain_ops: bool = False
 
 
+_EAGER = ("run.compile=false", "run.cuda_graphs=false", "run.activation_memory_budget=1")
 CONFIGURED = Variant(name="as configured")
 BASELINES = (
-    Variant(name="eager, SDPA", overrides=("run.compile=false", "model.attention=sdpa"), plain_ops=True),
-    Variant(
-        name="as published, bf16", overrides=("run.compile=false", "model.attention=eager"), plain_ops=True
-    ),
+    Variant(name="eager, SDPA", overrides=(*_EAGER, "model.attention=sdpa"), plain_ops=True),
+    Variant(name="as published, bf16", overrides=(*_EAGER, "model.attention=eager"), plain_ops=True),
     Variant(
         name="as published, fp32",
-        overrides=("run.compile=false", "model.attention=eager"),
+        overrides=(*_EAGER, "model.attention=eager"),
         ds={"bf16": {"enabled": False}},
         plain_ops=True,
     ),
 )
 ABLATIONS = (
-    Variant(name="no torch.compile", overrides=("run.compile=false",)),
+    Variant(name="no torch.compile", overrides=("run.compile=false", "run.activation_memory_budget=1")),
+    Variant(name="no CUDA graphs", overrides=("run.cuda_graphs=false",)),
     Variant(name="SDPA for the attention ops", overrides=("model.attention=sdpa",)),
     Variant(name="plain gather and regression", plain_ops=True),
     Variant(name="unfused AdamW", ds={"optimizer": {"params": {"fused": False}}}),
@@ -79,7 +79,7 @@ def measure_variants(
     """Train `steps` steps of each variant, one after the other in this process."""
     rows = []
     for variant in variants:
-        tree = _merged(ds_tree, variant.ds)
+        tree = copy.deepcopy(ds_tree)
         while True:
             try:
                 rows.append(_measure(variant, config_file, overrides, tree, steps))
@@ -93,6 +93,26 @@ def measure_variants(
 
 
 def _measure(variant: Variant, config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int) -> Row:
+    records, joules_per_clip = train_variant(variant, config_file, overrides, ds_tree, steps, log_every=5)
+    records = [record for record in records if record["step"] > WARMUP]
+    names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
+    medians = {
+        name: statistics.median(r[name] for r in records) if name in records[0] else None for name in names
+    }
+    batch = ds_tree["train_micro_batch_size_per_gpu"]
+    return Row(name=variant.name, batch=batch, joules_per_clip=joules_per_clip, **medians)
+
+
+def train_variant(
+    variant: Variant,
+    config_file: str,
+    overrides: Sequence[str],
+    ds_tree: dict[str, Any],
+    steps: int,
+    *,
+    log_every: int,
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Records of a training run's log, and joules per clip behind the warm-up where the driver tells."""
     cuda = torch.cuda.is_available()
     gc.collect()
     torch._dynamo.reset()
@@ -100,30 +120,21 @@ def _measure(variant: Variant, config_file: str, overrides: Sequence[str], ds_tr
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, _ops(plain=variant.plain_ops):
-        run = [f"run.steps={steps}", f"run.folder={folder}/run", "run.log_every=5"]
+        run = [f"run.steps={steps}", f"run.folder={folder}/run", f"run.log_every={log_every}"]
         config = load_config(config_file, [*overrides, *variant.overrides, *run])
-        settings = check_ds_config(ds_tree, "ds config", config, cuda=cuda, ranks=1)
+        settings = check_ds_config(_merged(ds_tree, variant.ds), "ds config", config, cuda=cuda, ranks=1)
         meter = EnergyMeter(WARMUP * settings.accumulation, steps * settings.accumulation)
         pretrain(config, settings, deal=meter.deal)
-        records = [r for r in read_log(Path(config.run.folder)) if "loss" in r and r["step"] > WARMUP]
-    names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
-    medians = {
-        name: statistics.median(r[name] for r in records) if name in records[0] else None for name in names
-    }
+        records = [record for record in read_log(Path(config.run.folder)) if "loss" in record]
     joules = meter.joules_per_batch
-    return Row(
-        name=variant.name,
-        batch=settings.batch,
-        joules_per_clip=None if joules is None else joules / settings.batch,
-        **medians,
-    )
+    return records, None if joules is None else joules / settings.batch
 
 
 @contextlib.contextmanager
 def _ops(*, plain: bool) -> Iterator[None]:
     """With `plain`, gather and regression run their plain-torch definitions."""
     with contextlib.ExitStack() as stack:
-        for op in ("token_gather", "feature_regression") if plain else ():
+        for op in ("token_gather", "feature_regression", "biased_gelu") if plain else ():
             stack.enter_context(mock.patch(f"miles_fast.kernels.{op}.runs_triton", return_value=False))
         yield
 

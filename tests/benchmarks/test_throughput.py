@@ -68,6 +68,16 @@ def test_decoders_on_the_same_videos(root, videos):
     assert rates.keys() >= expected and min(rates.values()) > 0
 
 
+def test_loss_as_configured_follows_the_published_one(root):
+    page = root / "curves.html"
+    printed, found = call(root, "curves", "--report", str(page))
+    reference, in_bf16, configured = found.values()
+    assert len(reference) == 3 and len(set(reference)) == 3
+    # All three compute in float32 here, and what is left of their differences is their order of summing.
+    assert configured == pytest.approx(reference, rel=1e-4) and in_bf16 == pytest.approx(reference, rel=1e-4)
+    assert "as configured" in printed and page.read_text().count("<polyline") == 3
+
+
 def test_spoiled_shards_are_slower_by_a_figure(root):
     _, figures = call(root, "spoiled")
     slower = [name for name in figures if name.endswith("slower by %")]
