@@ -145,7 +145,7 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     try:
         engine, *_ = deepspeed.initialize(model=objective, model_parameters=groups, config=settings.tree)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # the latter for a mix of precisions it lacks
         raise ConfigError(f"DeepSpeed refuses the ds config: {error}") from error
     assert engine.train_batch_size() == settings.batch * settings.accumulation * world_size()
     if settings.stage == 0 and not settings.bf16:
