@@ -1,5 +1,6 @@
 """F7 under the launchers that people use: DeepSpeed's on one host, and through Slurm."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,7 @@ from miles_fast.training.signals import HUNG, STOPPED
 ROOT = Path(__file__).parents[2]
 STEPS = 60  # some seconds: long enough to be stopped in
 PROGRAM = "launch/pretrain.py"
+STARTED: list[subprocess.Popen] = []
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +34,15 @@ def files(root) -> list[str]:
     (root / "tiny.yaml").write_text(yaml.safe_dump(tree))
     (root / "ds.json").write_text(json.dumps(ds_tree(stage=2, batch=2)))
     return [str(root / "tiny.yaml"), str(root / "ds.json")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    for process in STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen:
@@ -44,7 +56,8 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         every.pop(name, None)
-    return subprocess.Popen(command, cwd=ROOT, env=every | environment, start_new_session=True)
+    STARTED.append(subprocess.Popen(command, cwd=ROOT, env=every | environment, start_new_session=True))
+    return STARTED[-1]
 
 
 def deepspeed(files: list[str], run: Path, *options: str) -> subprocess.Popen:
@@ -62,7 +75,7 @@ def ranks_of(launched: subprocess.Popen) -> list[psutil.Process]:
 
 def await_a_step(launched: subprocess.Popen, run: Path) -> None:
     limit = time.monotonic() + 120
-    while not (run / "log.jsonl").is_file() or not read_log(run):
+    while not (run / "log.jsonl").is_file() or "\n" not in (run / "log.jsonl").read_text():
         assert launched.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
 
@@ -84,7 +97,7 @@ def assert_same(run: Path, whole: Path) -> None:
 def whole(files, tmp_path_factory) -> Path:
     """A run that nobody stopped."""
     run = tmp_path_factory.mktemp("launchers") / "whole"
-    assert deepspeed(files, run).wait(200) == 0
+    assert deepspeed(files, run).wait(280) == 0
     return run
 
 
@@ -114,7 +127,7 @@ def test_deepspeed_lets_a_stopped_run_save(files, tmp_path, finding, full, reque
     seconds = time.monotonic() - began
     assert_stopped(run)
     if full:
-        assert deepspeed(files, run, "--resume", "auto").wait(200) == 0
+        assert deepspeed(files, run, "--resume", "auto").wait(280) == 0
         assert_same(run, request.getfixturevalue("whole"))
         name = signal.Signals(number).name
         finding(
@@ -175,7 +188,7 @@ def test_slurm_goes_on_where_its_signal_stopped_the_run(slurm, whole_if_full, tm
         rank.send_signal(signal.SIGUSR1)
     assert job.wait(100) == STOPPED and (tmp_path / "scontrol").is_file()
     assert_stopped(run)
-    assert slurm(f"run.folder={run}").wait(200) == 0
+    assert slurm(f"run.folder={run}").wait(280) == 0
     assert_same(run, whole_if_full)
     finding("F7", f"slurm.sbatch, SIGUSR1 to the tasks: exit {STOPPED}, requeued, gone on bit-equal")
 
