@@ -1,5 +1,5 @@
 # make demo: install, build the demo shards, train, evaluate, export, print a table.  make test: install, test.
-# make faults: the faults that need no GPU, at full size, as a table (about an hour).  make soak: 20,000 steps.
+# make faults: the faults that need no GPU, at full size, as a table (two hours).  make soak: 20,000 steps.
 PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)

@@ -8,6 +8,7 @@ python benchmarks/throughput.py doctor  what holds a run back, and what removes 
 python benchmarks/throughput.py decoders --videos TAR ...   the loader by layout and decoder
 python benchmarks/throughput.py curves                      the loss as configured and as published
 python benchmarks/throughput.py spoiled                     the loader where samples are unusable
+python benchmarks/throughput.py scaling [--gpus 1 2]        whole runs on so many GPUs of this host
 
 Each stands beside what people would otherwise use, measured in the same run. Any config: [--config FILE]
 [--ds_config FILE] [section.key=value ...].
@@ -33,6 +34,8 @@ from loader_inputs import time_decoders, time_spoiled
 from loader_rivals import clips_per_second, torch_dataloader, webdataset_pillow
 from loader_stages import WARMUP, measure_loader
 from result_page import write_page
+from scaling import measure_scaling
+from scaling import table as scaling_table
 from step_parts import host_table, idle_table, parts_of, table
 
 from miles_fast.config import Config, load_config
@@ -138,6 +141,14 @@ def spoil(config: Config, settings: EngineSettings, options: argparse.Namespace)
         return _printed(time_spoiled(config, settings.batch, options.batches, Path(folder), _device()))
 
 
+def scale(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """Rows of whole runs, one for each number of GPUs."""
+    steps = options.batches + WARMUP
+    rows = measure_scaling(options.gpus, options.config, options.ds_config, options.overrides, steps)
+    print(scaling_table(rows))
+    return [asdict(row) for row in rows]
+
+
 PROGRAMS: dict[str, Callable[..., Any]] = {
     "model": time_model,
     "step": time_step,
@@ -146,6 +157,7 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "curves": compare_curves,
     "decoders": compare_decoders,
     "spoiled": spoil,
+    "scaling": scale,
 }
 
 
@@ -166,6 +178,7 @@ def main() -> None:
     )
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="decoders: keep what is prepared here")
     parser.add_argument("--rival-seconds", type=float, default=10.0, help="for each rival or decoder")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2], metavar="N", help="for scaling")
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument("--alone", action="store_true", help="step: nothing beside it")
     beside.add_argument("--ablate", action="store_true", help="step: each optimisation switched off in turn")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 
 import torch
 
@@ -21,7 +20,7 @@ from miles_fast.evaluation.validation import validation
 from miles_fast.models.storage import read_description
 from miles_fast.training.checkpoint import model_folder
 from miles_fast.training.early_stopping import BEST
-from miles_fast.training.engine import init_process_group, read_ds_config
+from miles_fast.training.engine import init_process_group, launched_ranks, read_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.signals import exit_with_status
 
@@ -38,8 +37,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     config = _config(options.config, options.model, options.overrides)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=ranks)
+    settings = read_ds_config(
+        options.ds_config, config, cuda=torch.cuda.is_available(), ranks=launched_ranks()
+    )
     init_process_group()
     configure_logging()
     pretrain(config, settings, resume=options.resume, evaluate=validation(config, settings.batch))

@@ -1,7 +1,7 @@
 """What N GPUs will take, from a measured one: python launch/plan.py --measured 1=RUN/log.jsonl
 
-A measurement is a run's log.jsonl, or the json of benchmarks/throughput.py step, on that many GPUs with the
-same --config and --ds_config. Further ones (2=FILE) are compared with what is predicted for them.
+A measurement is a run's log.jsonl, or the --json of benchmarks/throughput.py scaling (or step, of one GPU),
+with the same --config and --ds_config. Further ones (2=FILE) are compared with what is predicted for them.
 """
 
 from __future__ import annotations
@@ -60,19 +60,25 @@ def _measurement(text: str, clips: int) -> tuple[int, Measured]:
     gpus, equals, file = text.partition("=")
     if not equals or not gpus.isdigit() or not int(gpus):
         raise ValueError(f"--measured {text}: write GPUS=FILE, as in 1=runs/stage2/log.jsonl")
-    lines = Path(file).read_text()
+    text = Path(file).read_text()
     try:
-        records = (
-            [json.loads(lines)] if Path(file).suffix == ".json" else list(map(json.loads, lines.splitlines()))
-        )
+        if Path(file).suffix == ".json":
+            tree = json.loads(text)
+            scaling = [row for row in tree.get("scaling", []) if row["gpus"] == int(gpus)]
+            records = scaling or (tree.get("step", [])[:1] if gpus == "1" else [])
+        else:
+            records = [json.loads(line) for line in text.splitlines()]
     except ValueError as error:
         raise ValueError(f"{file}: not json ({error})") from error
     records = [r for r in records if "clips_per_second" in r]
     steady = records[len(records) // 3 :]  # behind compiling and warming up
     if not steady:
-        raise ValueError(f"{file}: holds no clips_per_second; name a run's log.jsonl")
+        raise ValueError(
+            f"{file}: holds no clips_per_second of {gpus} GPUs; name a run's log.jsonl, or the --json of "
+            "benchmarks/throughput.py scaling or step"
+        )
     speed = statistics.median(r["clips_per_second"] for r in steady)
-    memory = max((r["memory_gib"] for r in steady if "memory_gib" in r), default=None)
+    memory = max((r["memory_gib"] for r in steady if r.get("memory_gib") is not None), default=None)
     seconds = clips * int(gpus) / speed
     return int(gpus), Measured(clips_per_second=speed, step_seconds=seconds, memory_gib=memory)
 

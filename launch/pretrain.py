@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from miles_fast.config import load_config
 from miles_fast.data.demo import prepare_demo
 from miles_fast.distributed import barrier, configure_logging, logger, rank
 from miles_fast.evaluation.validation import validation
-from miles_fast.training.engine import init_process_group, read_ds_config
+from miles_fast.training.engine import init_process_group, launched_ranks, read_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.signals import exit_with_status
 
@@ -33,8 +32,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=ranks)
+    settings = read_ds_config(
+        options.ds_config, config, cuda=torch.cuda.is_available(), ranks=launched_ranks()
+    )
     init_process_group()
     configure_logging()
     if config.data.demo_corpus:

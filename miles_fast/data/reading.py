@@ -132,15 +132,21 @@ class _Worker:
         self._memory = memoryview(mmap.mmap(memory, SLOTS * slot_bytes))
         arguments = f"{theirs.fileno()}, {memory}, {slot_bytes}"
         program = f"from miles_fast.data.reading import serve; serve({arguments})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            pass_fds=(theirs.fileno(), memory),
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-                "TOKENIZERS_PARALLELISM": "false",  # the processes are the parallelism
-            },
-        )
+        # Launchers send signals to these processes too, but the training process decides when to end, and may
+        # need data until then. A process inherits what is blocked: there is no moment without it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                pass_fds=(theirs.fileno(), memory),
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+                    "TOKENIZERS_PARALLELISM": "false",  # the processes are the parallelism
+                },
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         os.close(memory)
         self._connection = Connection(ours.detach())
@@ -182,7 +188,6 @@ class _Worker:
 
 def serve(connection_number: int, memory_number: int, slot_bytes: int) -> None:
     """Answer requests until the other end closes: what a reading process runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides when to end
     connection = Connection(connection_number)
     slots = memoryview(mmap.mmap(memory_number, SLOTS * slot_bytes))
     try:

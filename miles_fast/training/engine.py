@@ -104,13 +104,23 @@ def check_ds_config(
     )
 
 
-def init_process_group() -> torch.device:
-    """Join the process group that the launcher set up (or a group of one) and return this rank's device."""
+def launched_ranks() -> int:
+    """Number of ranks that the launcher starts; they need not have met."""
+    _name_ranks_of_srun()
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _name_ranks_of_srun() -> None:
+    # srun starts the ranks itself (deepspeed --launcher slurm) and names them its own way.
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
-        # srun starts the ranks itself (deepspeed --launcher slurm) and names them its own way.
         names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
         os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def init_process_group() -> torch.device:
+    """Join the process group that the launcher set up (or a group of one) and return this rank's device."""
+    _name_ranks_of_srun()
     if "RANK" not in os.environ:
         # Port 0: the system chooses, so that no other process can take it first.
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
@@ -142,7 +152,7 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     try:
         engine, *_ = deepspeed.initialize(model=objective, model_parameters=groups, config=settings.tree)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # the latter for a mix of precisions it lacks
         raise ConfigError(f"DeepSpeed refuses the ds config: {error}") from error
     assert engine.train_batch_size() == settings.batch * settings.accumulation * world_size()
     if settings.stage == 0 and not settings.bf16:

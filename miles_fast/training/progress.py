@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from miles_fast.distributed import note_once, rank
+from miles_fast.files import write_whole
 
 
 class StepLog:
@@ -81,7 +82,8 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 def _cut(path: Path, first_step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+    whole = [line for line in lines if line.endswith("\n")]  # a full disk cuts the last one
+    write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= first_step))
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -1,6 +1,7 @@
 """The throughput programs on the tiny model, and the doctor's words on made-up measurements."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -138,6 +139,26 @@ def test_ablations_change_one_thing_each(root, monkeypatch):
     rows = measure_variants(chosen, str(root / "tiny.yaml"), [], ds_tree(stage=1), 7)
     assert [row.name for row in rows] == [one.name for one in chosen]
     assert all(row.clips_per_second > 0 for row in rows)
+
+
+def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch):
+    counts = [1, 2] if os.environ.get("MILES_FAST_FAULTS") == "full" else [2]  # each takes a launch
+    printed, rows = call(root, "scaling", "run.log_every=1", "--gpus", *map(str, counts))
+    assert [row["gpus"] for row in rows] == counts and rows[0]["ratio"] == 1
+    for row in rows:  # 4 clips on each rank
+        expected = 4000 * row["gpus"] / row["step_milliseconds"]
+        assert row["clips_per_second"] == pytest.approx(expected, rel=0.3)
+        assert row["ratio"] == row["clips_per_second"] / rows[0]["clips_per_second"]
+        assert f"{row['gpus']:>5}{row['clips_per_second']:>12.2f}{row['ratio']:>8.3f}" in printed
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "launch"))
+    import plan
+
+    file = root / "scaling.json"
+    gpus, measured = plan._measurement(f"2={file}", 4)
+    assert gpus == 2 and measured.clips_per_second == rows[-1]["clips_per_second"]
+    assert measured.step_seconds == 8 / rows[-1]["clips_per_second"]
+    with pytest.raises(ValueError, match="holds no clips_per_second of 3 GPUs"):
+        plan._measurement(f"3={file}", 4)
 
 
 def test_the_doctor_examines_and_says_something(root):

@@ -74,6 +74,20 @@ def test_pending_answers_do_not_overwrite_each_other(reader, pool):
         assert all(map(same, answers, reader.answer(request)))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_to_the_whole_program_do_not_end_reading(reader, number):
+    pool = ReadingPool(reader, 1)
+    os.kill(pool._workers[0]._process.pid, number)  # at once: it has not even begun
+    request = next(requests(reader))
+    pending = pool.submit(request)
+    assert all(map(same, pending.collect(), reader.answer(request)))
+    os.kill(pool._workers[0]._process.pid, number)
+    pending.release()
+    assert all(map(same, pool.submit(request).collect(), reader.answer(request)))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    pool.close()
+
+
 def test_what_reading_raises_is_raised_here(reader, pool):
     for path in reader.shard_sets[1].paths:
         path.unlink()

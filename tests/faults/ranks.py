@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--fault", default="")
     parser.add_argument("--wait-for-saves", action="store_true", help="so that none is left out")
     parser.add_argument("--run-keys", type=json.loads, default={})
+    parser.add_argument("--ds-keys", type=json.loads, default={})
     options = parser.parse_args()
     torch.set_num_threads(1)
     configure_logging()
@@ -84,7 +85,7 @@ def main() -> None:
     run = {"folder": str(options.run), "steps": options.steps, "hang_seconds": 120} | options.run_keys
     config = tiny_config(options.root, run=run, method={"snapshot": {"momentum": 0.9}})
     config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
-    tree = ds_tree(options.stage, options.joined // ranks, options.accumulation)
+    tree = ds_tree(options.stage, options.joined // ranks, options.accumulation) | options.ds_keys
     settings = check_ds_config(tree, "ds", config, cuda=False, ranks=ranks)
     # A reading process draws them, and knows `tiny` but not this program.
     loop.partial = lambda _, *rest: partial(joined_masks, *rest, world_size())

@@ -25,14 +25,24 @@ FAULTS = {
             "tests/data/test_order.py",
         ],
     ),
-    "F3": ("other ranks and ZeRO stages", ["tests/faults/test_equality.py"]),
+    "F3": (
+        "other ranks and ZeRO stages",
+        [
+            "tests/faults/test_equality.py",
+            "tests/training/test_ranks.py",
+            "tests/launch/test_large_models.py",
+        ],
+    ),
     "F4": (
         "spoiled clips",
         ["tests/data/test_clip_videos.py", "tests/data/test_awkward_videos.py", "tests/data/test_loader.py"],
     ),
     "F5": ("spoiled shards and indexes", ["tests/data/test_shards.py"]),
     "F6": ("numbers that are not finite", ["tests/faults/test_numerics.py"]),
-    "F7": ("SIGTERM, SIGUSR1", ["tests/faults/test_ends.py", "-k", "signal"]),
+    "F7": (
+        "SIGTERM, SIGUSR1",
+        ["tests/faults/test_ends.py", "tests/faults/test_launchers.py", "-k", "signal or launchers"],
+    ),
     "F8": (
         "disk full, read-only, slow",
         [

@@ -11,7 +11,7 @@ from miles_fast.training import loop
 from miles_fast.training.checkpoint import find_checkpoint
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.memory_report import OutOfMemory
-from miles_fast.training.progress import read_log
+from miles_fast.training.progress import StepLog, read_log
 from miles_fast.training.signals import HUNG, STOPPED
 
 HANG = ("--run-keys", '{"hang_seconds": 12}')
@@ -105,3 +105,15 @@ def test_a_failed_save_can_be_gone_on_from(root, tmp_path, monkeypatch):
         "step-00000006\n"
     )
     assert json.loads((tmp_path / "run" / "checkpoints" / names[-1] / "state.json").read_text())["step"] == 6
+
+
+def test_a_log_that_a_full_disk_cut_off_is_gone_on_with(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 3)]
+    (tmp_path / "log.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
+    StepLog(tmp_path, 2, 9).close()
+    assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:2])
+    (tmp_path / "log.jsonl").write_text(lines[0] + '{"step": 2')
+    log = StepLog(tmp_path, 2, 9)
+    log.write(3, {"loss": 0.25})
+    log.close()
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 3]

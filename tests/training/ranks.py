@@ -1,6 +1,6 @@
 """Run under torch.distributed.run: losses, snapshot and weights of tiny runs for several ZeRO stages.
 
-usage: ranks.py ROOT OUTPUT BATCH_PER_RANK STAGES   (STAGES like 0,1,2,3)
+usage: ranks.py ROOT OUTPUT BATCH_PER_RANK RUNS   (RUNS like 0,1,2x2: ZeRO stage [x accumulation])
 """
 
 import json
@@ -15,10 +15,11 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from tiny import ds_tree, joined_masks, tiny_config  # noqa: E402
 
+from miles_fast.config import ContrastConfig  # noqa: E402
 from miles_fast.data.batches import Quarantine  # noqa: E402
 from miles_fast.data.loader import Loader  # noqa: E402
 from miles_fast.data.order import Share  # noqa: E402
-from miles_fast.distributed import barrier, rank, world_size  # noqa: E402
+from miles_fast.distributed import barrier, rank, sum_over_ranks, world_size  # noqa: E402
 from miles_fast.models.dual_encoder import build_dual_encoder  # noqa: E402
 from miles_fast.models.text_encoder import load_tokenizer  # noqa: E402
 from miles_fast.training.engine import (  # noqa: E402
@@ -27,6 +28,7 @@ from miles_fast.training.engine import (  # noqa: E402
     init_process_group,
 )
 from miles_fast.training.loop import train_step  # noqa: E402
+from miles_fast.training.losses import contrastive_loss  # noqa: E402
 from miles_fast.training.objective import Objective  # noqa: E402
 from miles_fast.training.snapshot import Snapshot  # noqa: E402
 
@@ -43,17 +45,27 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
     return weights
 
 
-def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
+def contrastive_gradient(batch: int, device: torch.device) -> list:
+    """Gradient of two projections through the contrast, averaged over ranks as DeepSpeed does, in float64."""
+    draw = torch.Generator().manual_seed(5)
+    joined = torch.randn(2, world_size() * batch, 8, generator=draw, dtype=torch.float64)
+    projections = torch.randn(2, 8, 4, generator=draw, dtype=torch.float64).to(device).requires_grad_()
+    own = joined[:, rank() * batch : (rank() + 1) * batch].to(device) @ projections
+    contrastive_loss(own[0], own[1], ContrastConfig()).backward()
+    return (sum_over_ranks(projections.grad) / world_size()).tolist()
+
+
+def run_stage(root: Path, stage: int, accumulation: int, batch: int, device: torch.device) -> dict:
     # Without dropout, and with the joined batch's masks dealt out, every number of ranks computes the same.
     config = tiny_config(root, method={"snapshot": {"momentum": 0.9}})
     config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
-    settings = check_ds_config(ds_tree(stage, batch), "ds", config, cuda=False, ranks=world_size())
+    tree, steps = ds_tree(stage, batch, accumulation), 4
+    settings = check_ds_config(tree, "ds", config, cuda=device.type == "cuda", ranks=world_size())
     torch.manual_seed(0)
     tokenizer = load_tokenizer(config.model.text.tokenizer_source)
     model = build_dual_encoder(config.model, len(tokenizer))
     objective = Objective(model, config.method, config.data.frames_per_clip)
     method = config.method
-    device = torch.device("cpu")
     snapshot = Snapshot(
         objective.model,
         method.snapshot,
@@ -68,7 +80,7 @@ def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
         config.data,
         image_size=32,
         tokenizer=tokenizer,
-        share=Share(batch=batch, rank=rank(), ranks=world_size()),
+        share=Share(batch=batch, accumulation=accumulation, rank=rank(), ranks=world_size()),
         seed=0,
         device=device,
         quarantine=Quarantine(None),
@@ -76,14 +88,14 @@ def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
     )
     batches, losses, norms, keys = loader.batches(0), [], [], []
     for step in range(1, steps + 1):
-        item = next(batches)
-        result, norm = train_step(engine, snapshot, item, with_norm=True)
+        for _ in range(accumulation):
+            item = next(batches)
+            result, norm = train_step(engine, snapshot, item, with_norm=True)
+            values = torch.stack([value.detach().float() for value in result])
+            losses.append((sum_over_ranks(values) / world_size()).tolist()[:3])
+            keys.append(list(item.keys))
         snapshot.follow(engine.module.model, step)
-        values = torch.stack([value.detach().float() for value in result])
-        torch.distributed.all_reduce(values)
-        losses.append((values / world_size()).tolist()[:3])
         norms.append(float(engine.get_global_grad_norm() if norm is None else norm))
-        keys.append(list(item.keys))
     batches.close()
     weights = full_weights(engine)
     return {
@@ -95,10 +107,18 @@ def run_stage(root: Path, stage: int, batch: int, steps: int = 4) -> dict:
     }
 
 
-if __name__ == "__main__":
-    root, output, batch, stages = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    init_process_group()
-    results = {stage: run_stage(root, int(stage), batch) for stage in stages.split(",")}
+def main() -> None:
+    root, output, batch, runs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(",")
+    device = init_process_group()
+    torch.backends.cudnn.allow_tf32 = False  # the patches' convolution, which is to be as exact as the rest
+    results: dict = {"contrastive gradient": contrastive_gradient(batch, device)}
+    for run in runs:
+        stage, _, accumulation = run.partition("x")
+        results[run] = run_stage(root, int(stage), int(accumulation or 1), batch, device)
     (output / f"rank{rank()}.json").write_text(json.dumps(results))
     barrier()
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import miles_fast
 from miles_fast.config import ConfigError
 from miles_fast.export.run import export_run
 from miles_fast.training import saving
-from miles_fast.training.engine import check_ds_config, init_process_group
+from miles_fast.training.engine import check_ds_config, init_process_group, launched_ranks
 from miles_fast.training.loop import pretrain
 from miles_fast.training.manifest import CheckpointError
 from miles_fast.training.progress import read_log
@@ -262,5 +262,6 @@ def test_ranks_that_srun_started_know_which_they_are(monkeypatch):
     slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "MASTER_ADDR": "node-0"}
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
+    assert launched_ranks() == 16  # before they meet: DeepSpeed's json is checked with it
     init_process_group()
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "16", "1"]

@@ -1,4 +1,4 @@
-"""Two gloo ranks against one on the joined batch; ZeRO 0 to 3 against each other."""
+"""Two ranks against one on the joined batch; ZeRO 0 to 3 against each other: gloo, and NCCL on two GPUs."""
 
 import json
 import os
@@ -13,24 +13,24 @@ from tiny import write_data
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+@pytest.fixture(
+    scope="module",
+    params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.multigpu])],
+)
+def results(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("ranks")
     write_data(root)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if request.param == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("RANK", None)
     found = {}
-    for ranks, batch, stages in ((1, 6, "1"), (2, 3, "0,1,2,3")):
+    for ranks, batch, runs in ((1, 6, "1,1x2"), (2, 3, "0,1,2,3,2x2,3x2")):
         output = root / f"out{ranks}"
         output.mkdir()
-        environment = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        environment.pop("RANK", None)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         run = subprocess.run(
-            [*command, str(SCRIPT), str(root), str(output), str(batch), stages],
+            [*command, str(SCRIPT), str(root), str(output), str(batch), runs],
             env=environment,
             capture_output=True,
             text=True,
@@ -41,8 +41,16 @@ def results(tmp_path_factory):
     return found
 
 
-def test_two_ranks_equal_one_on_the_joined_batch(results):
-    one, two = results[1][0]["1"], [r["1"] for r in results[2]]
+def test_the_contrast_of_two_ranks_has_the_gradient_of_one_on_the_joined_batch(results):
+    (one,), two = ([r["contrastive gradient"] for r in results[ranks]] for ranks in (1, 2))
+    assert np.abs(one).min() > 0
+    for found in two:
+        np.testing.assert_allclose(found, one, rtol=1e-9)
+
+
+@pytest.mark.parametrize("run,same", [("1", "1"), ("2x2", "1x2"), ("3x2", "1x2")])
+def test_two_ranks_equal_one_on_the_joined_batch(results, run, same):
+    one, two = results[1][0][same], [r[run] for r in results[2]]
     assert [a + b for a, b in zip(two[0]["keys"], two[1]["keys"], strict=True)] == one["keys"]
     np.testing.assert_allclose(two[0]["losses"], one["losses"], rtol=2e-5)
     np.testing.assert_allclose(two[0]["norms"], one["norms"], rtol=2e-4)

@@ -1,0 +1,200 @@
+"""F7 under the launchers that people use: DeepSpeed's on one host, and through Slurm."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from tiny import ds_tree, tiny_tree
+
+from miles_fast.training.checkpoint import find_checkpoint
+from miles_fast.training.progress import read_log
+from miles_fast.training.signals import HUNG, STOPPED
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60  # some seconds: long enough to be stopped in
+PROGRAM = "launch/pretrain.py"
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(scope="session")
+def files(root) -> list[str]:
+    """The config and DeepSpeed's json of a run, in the order of Slurm's arguments."""
+    tree = tiny_tree(root)
+    tree["run"] |= {"steps": STEPS, "save_every": STEPS}
+    (root / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    (root / "ds.json").write_text(json.dumps(ds_tree(stage=2, batch=2)))
+    return [str(root / "tiny.yaml"), str(root / "ds.json")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    for process in STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def start(*command: str, **environment: str) -> subprocess.Popen:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    every = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        every.pop(name, None)
+    STARTED.append(subprocess.Popen(command, cwd=ROOT, env=every | environment, start_new_session=True))
+    return STARTED[-1]
+
+
+def deepspeed(files: list[str], run: Path, *options: str) -> subprocess.Popen:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", port, PROGRAM)
+    return start(*launcher, "--config", files[0], "--ds_config", files[1], f"run.folder={run}", *options)
+
+
+def ranks_of(launched: subprocess.Popen) -> list[psutil.Process]:
+    below = psutil.Process(launched.pid).children(recursive=True)
+    return [process for process in below if PROGRAM in process.cmdline()[1:3]]
+
+
+def await_a_step(launched: subprocess.Popen, run: Path) -> None:
+    limit = time.monotonic() + 120
+    while not (run / "log.jsonl").is_file() or "\n" not in (run / "log.jsonl").read_text():
+        assert launched.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def assert_stopped(run: Path) -> None:
+    assert 0 < int(find_checkpoint(run, "auto").name[-8:]) < STEPS
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    names = ("step", "loss", "gradient_norm", "learning_rate")
+    figures = [[[r[name] for name in names] for r in read_log(f) if "loss" in r] for f in (run, whole)]
+    assert figures[0] == figures[1] and len(figures[0]) == STEPS
+    for file in ("rank-00000.safetensors", "rank-00001.safetensors", "snapshot.safetensors"):
+        one, other = (f / "checkpoints" / f"step-{STEPS:08d}" / file for f in (run, whole))
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory) -> Path:
+    """A run that nobody stopped."""
+    run = tmp_path_factory.mktemp("launchers") / "whole"
+    assert deepspeed(files, run).wait(280) == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    "number,told,code",
+    [
+        (signal.SIGTERM, "a rank", STOPPED),
+        (signal.SIGUSR1, "a rank", STOPPED),
+        # The outer of DeepSpeed's two processes dies of it; the inner passes it on and waits.
+        (signal.SIGTERM, "all processes", -signal.SIGTERM),
+    ],
+)
+def test_deepspeed_lets_a_stopped_run_save(files, tmp_path, finding, full, request, number, told, code):
+    if not full and (number, told) != (signal.SIGTERM, "all processes"):
+        pytest.skip("make faults runs the others, and resumes")
+    run = tmp_path / "run"
+    launched = deepspeed(files, run)
+    await_a_step(launched, run)
+    family = psutil.Process(launched.pid).children(recursive=True)
+    began = time.monotonic()
+    if told == "a rank":
+        ranks_of(launched)[1].send_signal(number)
+    else:
+        os.killpg(launched.pid, number)
+    assert launched.wait(100) == code
+    assert not psutil.wait_procs(family, timeout=60)[1]
+    seconds = time.monotonic() - began
+    assert_stopped(run)
+    if full:
+        assert deepspeed(files, run, "--resume", "auto").wait(280) == 0
+        assert_same(run, request.getfixturevalue("whole"))
+        name = signal.Signals(number).name
+        finding(
+            "F7", f"deepspeed, {name} to {told}: exit {code}, all ended in {seconds:.0f} s, resumed bit-equal"
+        )
+
+
+@pytest.fixture
+def slurm(files, tmp_path):
+    """Run launch/slurm.sbatch for one node of two ranks, where Slurm's programs are scripts."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    programs = {
+        "sinfo": "true",
+        "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >> {tmp_path}/scontrol; fi',
+        "srun": f"""
+            echo "$*" > {tmp_path}/srun
+            [ -z "${{SRUN_EXIT:-}}" ] || exit "$SRUN_EXIT"
+            ranks=$2 status=0 started=()
+            shift 3
+            for ((rank = 0; rank < ranks; rank++)); do
+                SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=$ranks "$@" &
+                started+=($!)
+            done
+            for one in "${{started[@]}}"; do
+                wait "$one" || status=$?
+            done
+            exit $status""",
+    }
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node", "SLURM_NTASKS_PER_NODE": "2"}
+
+    def submit(*options: str, **environment: str) -> subprocess.Popen:
+        path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return start("bash", "launch/slurm.sbatch", *files, *options, **{**job, **environment, "PATH": path})
+
+    return submit
+
+
+@pytest.mark.parametrize("code,requeued", [(STOPPED, True), (HUNG, True), (1, False)])
+def test_slurm_starts_the_ranks_on_one_node_too_and_requeues(slurm, tmp_path, full, code, requeued):
+    if not full and code != STOPPED:
+        pytest.skip("make faults runs the others")
+    assert slurm(SRUN_EXIT=str(code)).wait(60) == code
+    said = (tmp_path / "srun").read_text()
+    assert said.startswith("-n 2 --export=ALL") and f"{PROGRAM} --ds_config" in said
+    assert (tmp_path / "scontrol").is_file() is requeued
+    assert not requeued or (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
+
+
+def test_slurm_goes_on_where_its_signal_stopped_the_run(slurm, whole_if_full, tmp_path, finding):
+    run = tmp_path / "run"
+    job = slurm(f"run.folder={run}")
+    await_a_step(job, run)
+    for rank in ranks_of(job):  # what --signal=USR1@180 sends, and to whom
+        rank.send_signal(signal.SIGUSR1)
+    assert job.wait(100) == STOPPED and (tmp_path / "scontrol").is_file()
+    assert_stopped(run)
+    assert slurm(f"run.folder={run}").wait(280) == 0
+    assert_same(run, whole_if_full)
+    finding("F7", f"slurm.sbatch, SIGUSR1 to the tasks: exit {STOPPED}, requeued, gone on bit-equal")
+
+
+@pytest.fixture
+def whole_if_full(full, request) -> Path:
+    if not full:
+        pytest.skip("make faults runs it")
+    return request.getfixturevalue("whole")
