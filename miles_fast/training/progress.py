@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -10,15 +11,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from miles_fast.distributed import note_once, rank
+from miles_fast.distributed import logger, note_once, rank
 from miles_fast.files import write_whole
 
 
 class StepLog:
-    """Writes records of a run; a resumed run goes on behind its last step."""
+    """Writes records of a run; a resumed run goes on behind its last step.
+
+    A disk that is full ends no run: records wait in memory until it takes them, TensorBoard's are left out.
+    """
 
     def __init__(self, run: Path, first_step: int, total_steps: int) -> None:
         self._file = self._board = None
+        self._waiting = b""
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -29,10 +34,10 @@ class StepLog:
         )
         if rank() != 0:
             return
-        path = run / "log.jsonl"
+        path = self._path = run / "log.jsonl"
         if path.exists():
             _cut(path, first_step)
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "ab", buffering=0)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -53,10 +58,22 @@ class StepLog:
         """Write a record of finite or non-finite scalars and nested dicts; `show` go to the progress bar."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n")
-        for name, value in _flat(record):
-            if self._board is not None:
-                self._board.add_scalar(name, value, step)
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n"
+        full = bool(self._waiting)
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not full:
+                logger.error("%s: %s; its records wait until the disk takes them", self._path, error.strerror)
+        try:
+            for name, value in _flat(record):
+                if self._board is not None:
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:
+            logger.error("TensorBoard's file: %s; only log.jsonl goes on", error.strerror)
+            self._board = None
         if show:
             self._bar.set_postfix({name: f"{record[name]:.4g}" for name in show if name in record})
 
@@ -70,8 +87,11 @@ class StepLog:
         self._bar.close()
         if self._file is not None:
             self._file.close()
+            if self._waiting:
+                logger.error("%s: the disk was full to the end: records are missing", self._path)
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # a full disk; said where records were written
+                self._board.close()
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,66 @@
+"""The step log on a disk that is full."""
+
+import errno
+import logging
+import os
+
+import pytest
+
+from miles_fast.training.progress import StepLog, read_log
+
+
+class Disk:
+    """A file that takes so many bytes and then none, until it is emptied."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self.file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+    def close(self):
+        self.file.close()
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = StepLog(tmp_path, 0, 9)
+    yield log
+    log.close()
+
+
+def test_records_wait_for_a_full_disk_and_all_arrive(log, tmp_path, caplog):
+    disk = log._file = Disk(log._file, room=60)
+    with caplog.at_level(logging.ERROR):
+        for step in (1, 2, 3):
+            log.write(step, {"loss": float(step)})
+    assert caplog.text.count("No space left on device") == 1 and str(tmp_path / "log.jsonl") in caplog.text
+    assert (tmp_path / "log.jsonl").stat().st_size == 60
+    disk.room = 10_000
+    log.write(4, {"loss": 4.0})
+    assert [record["loss"] for record in read_log(tmp_path)] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_disk_that_stays_full_is_named_at_the_end(log, tmp_path, caplog):
+    log._file = Disk(log._file, room=0)
+    log.write(1, {"loss": 1.0})
+    with caplog.at_level(logging.ERROR):
+        log.close()
+    assert "records are missing" in caplog.text
+
+
+def test_tensorboard_is_left_out_when_it_cannot_write(log, tmp_path, caplog):
+    class Board:
+        def add_scalar(self, *_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log._board = Board()
+    with caplog.at_level(logging.ERROR):
+        log.write(1, {"loss": 1.0})
+        log.write(2, {"loss": 2.0})
+    assert caplog.text.count("only log.jsonl goes on") == 1
+    assert len(read_log(tmp_path)) == 2
