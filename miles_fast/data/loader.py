@@ -234,14 +234,17 @@ def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[
         except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
             put(error)
 
+    def take() -> Batch:
+        item = items.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
     thread = threading.Thread(target=work, name="batches", daemon=True)
     thread.start()
     try:
         while True:
-            item = items.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            yield take()  # no name here holds a batch that was dealt: whoever took it decides when it goes
     finally:
         stop.set()
         thread.join()

@@ -233,6 +233,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 meter.waited(time.perf_counter() - waiting)
                 t.watchdog.report(f"computing step {step}")
                 losses, norm = train_step(engine, snapshot, batch, with_norm=logs, guard=guard, saver=t.saver)
+                del batch  # here, and not while the next one is waited for: freeing it takes milliseconds
             vote = ballot.count()
             t.log.advance()
             meter.stepped()
