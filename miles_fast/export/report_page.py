@@ -64,13 +64,12 @@ def collect_gallery(
     quarantine = Quarantine(None)
     keys, captions, thumbnails, videos, texts, whole = [], [], [], [], [], []
     samples = range(min(limit, len(loader)))
-    for numbers, batch, video_BE, text_BE in embedded_batches(model, loader, quarantine, samples):
-        said = [loader.shards[number].captions()[0] for number in numbers]
-        for row in range(min(looked - len(whole), len(said))):
+    for _, batch, video_BE, text_BE in embedded_batches(model, loader, quarantine, samples):
+        for row in range(min(looked - len(whole), len(batch.keys))):
             clip = batch.video_BTCHW[row : row + 1]
-            whole.append(Looked(video=clip, caption=said[row], name=batch.keys[row]))
+            whole.append(Looked(video=clip, caption=batch.captions[row], name=batch.keys[row]))
         keys += batch.keys
-        captions += said
+        captions += batch.captions
         thumbnails += list(shown(batch.video_BTCHW[:, batch.video_BTCHW.shape[1] // 2]))
         videos.append(video_BE)
         texts.append(text_BE)
