@@ -40,7 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="an exported or Hugging Face folder, a run or a checkpoint")
+    parser.add_argument("model", help="an exported or Hugging Face folder, a run, a checkpoint, a .pth")
+    parser.add_argument("--tokenizer", help="folder or name, for a .pth, which holds none")
     parser.add_argument("--shards", nargs="+", required=True, help="glob or brace patterns of tars")
     parser.add_argument("--output", required=True, type=Path, help="folder for the parts")
     parser.add_argument("--format", dest="layout", default="npz", choices=get_args(Layout))
@@ -69,7 +70,7 @@ def main() -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     configure_logging()
-    model = load(options.model)
+    model = load(options.model, tokenizer=options.tokenizer)
     frames = options.frames or model.config.video.num_frames
     most = model.config.text.max_positions
     tokens = min(32, most) if options.caption_tokens is None else options.caption_tokens
