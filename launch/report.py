@@ -57,7 +57,7 @@ def main() -> None:
     config = load_config(options.source / "config.json") if run else None
     frames = config.data.frames_per_clip if config else model.config.video.num_frames
     own = [
-        Looked(video=model.read_videos([file], frames), caption=text, name=file)
+        Looked(video=model.read_videos([file], frames), caption=text, name=Path(file).name)
         for file, text in options.clip
     ]
     gallery, found = collect(config, model, options, device)

@@ -272,7 +272,8 @@ def confusion(actions: dict[str, Any]) -> str:
     counts = actions["counts"]
     share = 100 * counts.trace() / max(counts.sum(), 1)
     said = f"{actions['name']}: {counts.sum()} clips, {len(counts)} classes, {share:.1f} % right, chance "
-    said += f"{100 / len(counts):.1f} %. Rows are the true classes, columns what they were taken for."
+    said += f"{100 / len(counts):.1f} %. Rows are the true classes, columns, in the same order, what they "
+    said += "were taken for."
     return _quiet(said) + confusion_grid(actions["classes"], counts)
 
 
