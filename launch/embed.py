@@ -1,14 +1,17 @@
 """Embeddings of a whole set: python launch/embed.py MODEL --shards 'DIR/*.tar' --output DIR
 
-It can be killed at any moment; the same call goes on where it stopped.
+It can be killed at any moment; the same call goes on where it stopped. DIR/summary.json says how fast it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -18,8 +21,15 @@ from tqdm import tqdm
 from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import configure_logging
-from miles_fast.export.embedding_set import Layout, SetDescription, embed_set, fingerprint, read_set
+from miles_fast.export.embedding_set import (
+    Layout,
+    SetDescription,
+    embed_set,
+    fingerprint,
+    unreadable_samples,
+)
 from miles_fast.export.run import load
+from miles_fast.files import write_whole
 from miles_fast.training.signals import exit_with_status
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,7 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="an exported or Hugging Face folder, a run or a checkpoint")
+    parser.add_argument("model", help="an exported or Hugging Face folder, a run, a checkpoint, a .pth")
+    parser.add_argument("--tokenizer", help="folder or name, for a .pth, which holds none")
     parser.add_argument("--shards", nargs="+", required=True, help="glob or brace patterns of tars")
     parser.add_argument("--output", required=True, type=Path, help="folder for the parts")
     parser.add_argument("--format", dest="layout", default="npz", choices=get_args(Layout))
@@ -46,6 +57,12 @@ def main() -> None:
         help="of the model",
     )
     parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=device.type == "cuda",
+        help="the encoders' layers: a minute first, then faster; default: on a GPU",
+    )
+    parser.add_argument(
         "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"
     )
     options = parser.parse_args()
@@ -53,7 +70,7 @@ def main() -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     configure_logging()
-    model = load(options.model)
+    model = load(options.model, tokenizer=options.tokenizer)
     frames = options.frames or model.config.video.num_frames
     most = model.config.text.max_positions
     tokens = min(32, most) if options.caption_tokens is None else options.caption_tokens
@@ -87,13 +104,45 @@ def main() -> None:
         part_size=options.part_size,
     )
     model = model.to(device, DTYPES[options.dtype])
-    started = time.perf_counter()
+    if options.compile:
+        model.compile_layers()
+    started, marks = time.perf_counter(), []
     with tqdm(total=len(loader), unit="clip", file=sys.stderr) as bar:
         for done in embed_set(model, loader, options.output, description):
+            marks.append((time.perf_counter() - started, done))
             bar.update(done - bar.n)
-    seconds, found = time.perf_counter() - started, read_set(options.output)
-    causes = Counter(sample["cause"] for sample in found.unreadable)
-    print(f"{options.output}: {len(found.keys)} clips, {seconds:.1f} s; unreadable: {dict(causes) or 'none'}")
+    bad = unreadable_samples(options.output)
+    summary = {
+        "clips": len(loader) - len(bad),
+        "unreadable": Counter(sample["cause"] for sample in bad),
+        "seconds": round(time.perf_counter() - started, 2),
+        **speed(marks),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **{name: getattr(options, name) for name in ("batch", "workers", "dtype", "compile")},
+    }
+    write_whole(options.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(
+        f"{options.output}: {summary['clips']} clips, {summary['seconds']} s; "
+        f"unreadable: {dict(summary['unreadable']) or 'none'}"
+    )
+    if summary["clips_per_second"]:
+        print(f"{summary['clips_per_second']} clips/s (median); {summary['startup_seconds']} s of start-up")
+
+
+def speed(marks: Sequence[tuple[float, int]], batches: int = 10) -> dict[str, float | None]:
+    """Clips/s of this call, median over stretches of some batches; start-up, up to the first batch, apart.
+
+    `marks` are (seconds, samples encoded so far), the first before any batch. None where there is no second
+    batch.
+    """
+    _, *marks = marks
+    step = min(batches, len(marks) - 1)
+    stretches = zip(marks, marks[step:], strict=False) if step > 0 else ()
+    rates = [(last - first) / (end - start) for (start, first), (end, last) in stretches if end > start]
+    return {
+        "startup_seconds": round(marks[0][0], 2) if marks else None,
+        "clips_per_second": round(statistics.median(rates), 1) if rates else None,
+    }
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ from miles_fast.evaluation.protocols import NAMES, find_protocol
 from miles_fast.evaluation.retrieval import evaluate_retrieval
 from miles_fast.evaluation.retrieval import table as retrieval_table
 from miles_fast.export.run import load
-from miles_fast.models.text_encoder import load_tokenizer
-from miles_fast.training.checkpoint import model_folder
 from miles_fast.training.engine import init_process_group
 
 
@@ -38,7 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", nargs="?", help="an exported folder, a run or a checkpoint")
+    parser.add_argument(
+        "model", nargs="?", help="an exported or Hugging Face folder, a run, a checkpoint, a .pth"
+    )
+    parser.add_argument("--tokenizer", help="folder or name, for a .pth, which holds none")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--shards", nargs="+", help="glob or brace patterns of tars")
     what.add_argument("--protocol", metavar="NAME", help=", ".join(NAMES))
@@ -89,7 +90,7 @@ def on_videos(protocol: Protocol, options: argparse.Namespace) -> None:
     device = init_process_group()
     configure_logging()
     embedder = Embedder(
-        model=load(model_folder(options.model), str(device)),
+        model=load(options.model, str(device), tokenizer=options.tokenizer),
         device=device,
         batch=options.batch,
         num_workers=options.workers,
@@ -128,7 +129,6 @@ def on_shards(options: argparse.Namespace) -> None:
         raise ValueError("name the model: launch/evaluate.py MODEL --shards ...")
     configure_logging()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    folder = model_folder(options.model)
     source = SourceConfig(shards=options.shards, name="evaluation")
     data = DataConfig(
         train=[source],
@@ -136,12 +136,12 @@ def on_shards(options: argparse.Namespace) -> None:
         caption_tokens=options.caption_tokens or 32,
         allowed_prefixes=options.allow,
     )
-    model = load(folder, str(device))
+    model = load(options.model, str(device), tokenizer=options.tokenizer)
     loader = EvaluationLoader(
         source,
         data,
         image_size=model.config.video.image_size,
-        tokenizer=load_tokenizer(folder / "tokenizer"),
+        tokenizer=model.tokenizer,
         batch=options.batch,
         device=device,
     )

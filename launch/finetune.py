@@ -4,19 +4,23 @@ deepspeed launch/finetune.py --ds_config launch/ds/finetune.json \\
     --config launch/configs/finetune_msrvtt.yaml --model MODEL
 
 The loop is pre-training's with `method.view: none` (contrast on the full clip); the architecture is that of
-the model it starts from. Official, Frozen and Hugging Face weights become such a model with launch/export.py.
+the model it starts from. Of an official or Frozen .pth or a Hugging Face folder RUN.start becomes that model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from miles_fast.config import Config, ConfigError, load_config, to_dict
-from miles_fast.distributed import barrier, configure_logging, logger
+from miles_fast.distributed import barrier, configure_logging, logger, rank
 from miles_fast.evaluation.validation import validation
+from miles_fast.export.pretrained import Pretrained, architecture_of, is_foreign, read_pretrained
+from miles_fast.export.run import write_pretrained
 from miles_fast.models.storage import read_description
 from miles_fast.training.checkpoint import model_folder
 from miles_fast.training.early_stopping import BEST
@@ -31,30 +35,55 @@ def main() -> None:
     )
     parser.add_argument("--ds_config", "--deepspeed_config", required=True, help="DeepSpeed's json")
     parser.add_argument("--config", required=True, help="one of launch/configs/finetune_*.yaml, or your own")
-    parser.add_argument("--model", help="where to start: an exported folder, a run or a checkpoint")
+    parser.add_argument(
+        "--model", help="where to start: an exported or Hugging Face folder, a run, a checkpoint, a .pth"
+    )
+    parser.add_argument("--tokenizer", help="folder or name, for a .pth, which holds none")
     parser.add_argument("--resume", help="auto, or the folder of a run or a checkpoint")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
-    config = _config(options.config, options.model, options.overrides)
+    found = None
+    if options.model and is_foreign(options.model):
+        found = read_pretrained(options.model, tokenizer=options.tokenizer)
+    config = _config(options.config, options.model, found, options.overrides)
     settings = read_ds_config(
         options.ds_config, config, cuda=torch.cuda.is_available(), ranks=launched_ranks()
     )
     init_process_group()
     configure_logging()
+    if found is not None:
+        config, found = _convert(found, config), None
     pretrain(config, settings, resume=options.resume, evaluate=validation(config, settings.batch))
     logger.info("done: %s", f"{config.run.folder}/{BEST}" if config.run.patience else config.run.folder)
     barrier()
     torch.distributed.destroy_process_group()
 
 
-def _config(path: str, model: str | None, overrides: list[str]) -> Config:
+def _convert(found: Pretrained, config: Config) -> Config:
+    """Write foreign weights beside the run as a model folder of ours, and have the run start from it."""
+    start = Path(f"{config.run.folder}.start")
+    if rank() == 0:
+        write_pretrained(found, "safetensors", start)
+    barrier()
+    text = replace(config.model.text, tokenizer=str(start / "tokenizer"))
+    return replace(
+        config,
+        run=replace(config.run, init_from=str(start)),
+        model=replace(config.model, text=text),
+    )
+
+
+def _config(path: str, model: str | None, found: Pretrained | None, overrides: list[str]) -> Config:
     """The config with the architecture of `model`. Raises ConfigError for one that is not a fine-tuning."""
     start = []
     if model is not None:
-        folder = model_folder(model)
-        architecture = to_dict(read_description(folder)[0])
-        architecture["text"]["tokenizer"] = str(folder / "tokenizer")
+        if found is not None:
+            architecture = to_dict(architecture_of(found))
+        else:
+            folder = model_folder(model)
+            architecture = to_dict(read_description(folder)[0])
+            architecture["text"]["tokenizer"] = str(folder / "tokenizer")
         start = [f"run.init_from={json.dumps(model)}", f"model={json.dumps(architecture)}"]
     try:
         config = load_config(path, [*start, *overrides])

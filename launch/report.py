@@ -1,5 +1,8 @@
 """A run on one html page, without other files: python launch/report.py RUN [--output PAGE.html]
 
+An exported or Hugging Face folder, a checkpoint or a .pth gives the page without the curves.
+
+python launch/report.py exported --output page.html --shards 'data/demo/frames/heldout/*.tar'
 python launch/report.py runs/demo --clip holiday.mp4 "a dog jumps into water"   # the maps for your own clips
 """
 
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from miles_fast.config import Config, SourceConfig, load_config
+from miles_fast.config import Config, DataConfig, SourceConfig, load_config, to_dict
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import configure_logging
 from miles_fast.export.encoder import VideoTextEncoder
@@ -24,13 +27,15 @@ from miles_fast.export.report_page import (
     write_report,
 )
 from miles_fast.export.run import load
+from miles_fast.training.progress import read_log
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("source", metavar="RUN", type=Path, help="the folder of a run, or any model")
+    parser.add_argument("--tokenizer", help="folder or name, for a .pth, which holds none")
     parser.add_argument("--output", type=Path, help="default: RUN/report.html")
     parser.add_argument("--shards", nargs="+", help="the gallery; default: the run's first evaluation set")
     parser.add_argument("--gallery", type=int, default=1000, help="clips of it at most")
@@ -40,22 +45,28 @@ def main() -> None:
     parser.add_argument("--actions", type=Path, help="json with the confusion of zero-shot actions")
     options = parser.parse_args()
     configure_logging()
-    if not (options.run / "config.json").is_file():
-        raise ValueError(f"{options.run}: no config.json there; name the folder of a run")
+    run = (options.source / "log.jsonl").is_file()
+    page = options.output or (options.source / "report.html" if run else None)
+    if page is None:
+        raise ValueError(
+            f"{options.source}: no log.jsonl there: name a run, or say where a model's page goes (--output)"
+        )
     actions = read_actions(options.actions) if options.actions else None
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    model = load(options.run, str(device))
-    config = load_config(options.run / "config.json")
+    model = load(options.source, str(device), tokenizer=options.tokenizer)
+    config = load_config(options.source / "config.json") if run else None
+    frames = config.data.frames_per_clip if config else model.config.video.num_frames
     own = [
-        Looked(video=model.read_videos([file], config.data.frames_per_clip), caption=text, name=file)
+        Looked(video=model.read_videos([file], frames), caption=text, name=Path(file).name)
         for file, text in options.clip
     ]
     gallery, found = collect(config, model, options, device)
-    page = options.output or options.run / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_report(
-        options.run,
         page,
+        name=options.source.name,
+        log=read_log(options.source) if run else [],
+        config=to_dict(config or model.config),
         model=model,
         gallery=gallery,
         looked=[*own, *found],
@@ -66,18 +77,24 @@ def main() -> None:
 
 
 def collect(
-    config: Config, model: VideoTextEncoder, options: argparse.Namespace, device: torch.device
+    config: Config | None, model: VideoTextEncoder, options: argparse.Namespace, device: torch.device
 ) -> tuple[Gallery | None, list[Looked]]:
     """The gallery that the options or the run name, if any does."""
     if options.shards:
         source = SourceConfig(shards=options.shards, name="gallery")
-    elif config.data.evaluation:
+    elif config and config.data.evaluation:
         source = config.data.evaluation[0]
     else:
         return None, []
+    if config:
+        data = config.data
+    else:
+        text, video = model.config.text, model.config.video
+        tokens = min(32, text.max_positions)
+        data = DataConfig(train=[source], frames_per_clip=video.num_frames, caption_tokens=tokens)
     loader = EvaluationLoader(
         source,
-        replace(config.data, decode_workers=2),
+        replace(data, decode_workers=2),
         image_size=model.config.video.image_size,
         tokenizer=model.tokenizer,
         batch=16,

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("query", nargs="+", help="a text; several are answered one after the other")
     parser.add_argument("--index", required=True, type=Path, help="a folder that launch/embed.py wrote")
     parser.add_argument("--model", help="where the model is now, when it was moved")
+    parser.add_argument("--tokenizer", help="folder or name, for a .pth, which holds none")
     parser.add_argument("--top", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object for each query")
     options = parser.parse_args()
@@ -28,7 +29,7 @@ def main() -> None:
     configure_logging()
     index = read_set(options.index)
     place = options.model or index.description.model
-    model = load(place)
+    model = load(place, tokenizer=options.tokenizer)
     if fingerprint(model) != index.description.fingerprint:
         raise ValueError(
             f"{place}: its weights are not those that {options.index} was made with; name that model with "

@@ -24,13 +24,14 @@ ENOUGH_SAMPLES = 1000  # before that a share says little
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro batch on the device: normalised clips, captions, masks (training), keys in row order."""
+    """One micro batch: clips, tokens and masks (training) on the device, keys and captions in row order."""
 
     video_BTCHW: Tensor
     token_ids_BL: Tensor
     attention_BL: Tensor
     masked_BM: Tensor | None
     keys: tuple[str, ...]
+    captions: tuple[str, ...]
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the tensors' memory until work queued on `stream` by then is done."""
@@ -82,6 +83,7 @@ class Decoding:
 
     takes: Input
     keys: tuple[str, ...]
+    captions: tuple[str, ...]
     tokens_B2L: Tensor
     masks: Tensor | None
     read_again: Callable[[], Sequence[Clip]]
@@ -115,6 +117,7 @@ class BatchFinisher:
             Decoding(
                 takes=takes,
                 keys=tuple(clip.key for clip in clips),
+                captions=tuple(clip.caption for clip in clips),
                 tokens_B2L=_tokens(clips),
                 masks=torch.from_numpy(masks) if masks is not None else None,
                 read_again=read_again,
@@ -136,7 +139,7 @@ class BatchFinisher:
         """The batch that was queued first, unless nothing of it can be read."""
         pending = self._pending.popleft()
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            keys, tokens_B2L = pending.keys, pending.tokens_B2L
+            keys, captions, tokens_B2L = pending.keys, pending.captions, pending.tokens_B2L
             try:
                 video = self._graph(pending.takes).collect()
             except HardwareDecodeError as error:
@@ -146,14 +149,22 @@ class BatchFinisher:
                     return
                 graph = self._graph("pixels")
                 graph.submit([clip.frames for clip in clips], [clip.view for clip in clips])
-                video, keys, tokens_B2L = graph.collect(), tuple(c.key for c in clips), _tokens(clips)
+                video, tokens_B2L = graph.collect(), _tokens(clips)
+                keys, captions = tuple(c.key for c in clips), tuple(c.caption for c in clips)
             ids, attention = tokens_B2L.to(self._device, non_blocking=True).unbind(1)
             masks = pending.masks
             if masks is not None:
                 masks = masks.to(self._device, non_blocking=True)
             if self._stream:
                 self._stream.synchronize()
-        yield Batch(video_BTCHW=video, token_ids_BL=ids, attention_BL=attention, masked_BM=masks, keys=keys)
+        yield Batch(
+            video_BTCHW=video,
+            token_ids_BL=ids,
+            attention_BL=attention,
+            masked_BM=masks,
+            keys=keys,
+            captions=captions,
+        )
 
     def _graph(self, takes: Input) -> Augmentation:
         if takes not in self._graphs:

@@ -145,7 +145,7 @@ class EvaluationLoader:
         )
         self._draw = ClipDraw(num_frames=data.frames_per_clip, takes=takes)
         self._finish = BatchFinisher(data, image_size, batch, device)
-        self._batch, self._num_workers = batch, data.decode_workers
+        self.batch, self._num_workers = batch, data.decode_workers
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -155,18 +155,23 @@ class EvaluationLoader:
         """Where the samples are, by number: their keys and captions."""
         return self._shards
 
-    def batches(self, quarantine: Quarantine, samples: range | None = None) -> Iterator[Batch]:
-        """Batches of `samples` (default: all); unreadable ones are counted and left out, never scored as
-        misses."""
+    def batches(self, quarantine: Quarantine, samples: range | None = None) -> Generator[Batch, None, None]:
+        """Batches of `samples` (default: all), made ahead on a thread; close it when done.
+
+        Unreadable ones are counted and left out, never scored as misses.
+        """
         samples = range(len(self)) if samples is None else samples
+        return _in_background(self._make_batches(quarantine, samples), AHEAD)
+
+    def _make_batches(self, quarantine: Quarantine, samples: range) -> Generator[Batch, None, None]:
         coming: deque[tuple[Request, Pending]] = deque()
         with contextlib.ExitStack() as stack:
             stack.callback(self._finish.drop)
             pool = stack.enter_context(contextlib.closing(ReadingPool(self._reader, self._num_workers)))
             ahead = SequentialPrefetcher(self._shards, samples, AHEAD + 1)
             stack.enter_context(contextlib.closing(ahead))
-            for start in range(0, len(samples) + AHEAD * self._batch, self._batch):
-                items = tuple(samples[start : start + self._batch])
+            for start in range(0, len(samples) + AHEAD * self.batch, self.batch):
+                items = tuple(samples[start : start + self.batch])
                 if items:
                     ahead.coming(items[0], items[-1])
                     request = Request(source=0, draw=self._draw, items=items, seed=None)
@@ -210,12 +215,12 @@ def _input(shards: ShardSet, source: SourceConfig, data: DataConfig, device: tor
 
 
 def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[Batch, None, None]:
-    """Run a generator on its own thread, at most `depth` items ahead; its errors are raised here."""
-    items: queue.Queue[Batch | BaseException] = queue.Queue(depth)
+    """Run a generator on its own thread, at most `depth` items ahead; its end and errors come here too."""
+    items: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
     stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
-    def put(item: Batch | BaseException) -> None:
+    def put(item: Batch | BaseException | None) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
                 items.put(item, timeout=0.1)
@@ -231,10 +236,11 @@ def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[
                     put(item)
                     if stop.is_set():
                         return
+            put(None)
         except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
             put(error)
 
-    def take() -> Batch:
+    def take() -> Batch | None:
         item = items.get()
         if isinstance(item, BaseException):
             raise item
@@ -243,8 +249,8 @@ def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[
     thread = threading.Thread(target=work, name="batches", daemon=True)
     thread.start()
     try:
-        while True:
-            yield take()  # no name here holds a batch that was dealt: whoever took it decides when it goes
+        # The only reference is handed over: whoever took a batch decides when it is freed.
+        yield from iter(take, None)
     finally:
         stop.set()
         thread.join()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +51,11 @@ def read_video_file(file: VideoFile, num_frames: int) -> Clip:
 
 def decode_files(
     files: Sequence[VideoFile], *, num_frames: int, batch: int, num_workers: int
-) -> Iterator[list[Clip | BadSample]]:
-    """Batches of `read_video_files` in order; the frames of one are good until the next is asked for."""
+) -> Generator[list[Clip | BadSample], None, None]:
+    """Batches of `read_video_files` in order; the frames of one are good until the next is asked for.
+
+    Close it when done.
+    """
     coming: deque[list[Pending]] = deque()
     starts = iter(range(0, len(files), batch))
     with contextlib.closing(ReadingPool(Reader(), num_workers)) as pool:

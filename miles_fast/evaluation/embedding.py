@@ -7,10 +7,13 @@ one, and work that was killed goes on at its last part.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from miles_fast.data.augmentation import build_augmentation
 from miles_fast.data.clips import BadSample, Clip
 from miles_fast.data.video_files import VideoFile, decode_files
 from miles_fast.distributed import gather_objects, rank, world_size
+from miles_fast.evaluation.host_copies import on_host
 from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.dual_encoder import DualEncoder, unit
 
@@ -56,8 +60,8 @@ class Embedder:
             status = os.stat(file.path)
             return [file.key, os.path.abspath(file.path), status.st_size, status.st_mtime_ns]
 
-        def embed(part: Sequence[VideoFile]) -> Rows:
-            return self._embed_files(part, num_frames, reverse, projected)
+        def embed(parts: list[list[VideoFile]]) -> Iterator[Rows]:
+            return self._embed_files(parts, num_frames, reverse, projected)
 
         return self._in_parts(list(files), about, describe, embed)
 
@@ -68,25 +72,33 @@ class Embedder:
             list(captions),
             ["texts", length],
             lambda text: text,
-            lambda part: (self._embed_texts(part, length), []),
+            lambda parts: ((self._embed_texts(part, length), []) for part in parts),
         )
         return found
 
-    def _in_parts(self, items: list, about: list, describe: Callable, embed: Callable[[Sequence], Rows]):
+    def _in_parts(
+        self, items: list, about: list, describe: Callable, embed: Callable[[list[list]], Iterator[Rows]]
+    ) -> tuple[Tensor, list[BadSample]]:
+        """The rows of all items; `embed` gives those of the parts that are not in the cache, one by one."""
         fingerprint = self.fingerprint() if self.cache is not None else ""
         starts = range(0, len(items), PART)[rank() :: world_size()]
-        own: dict[int, Rows] = {}
-        for start in tqdm(starts, desc=about[0], disable=rank() != 0 or len(items) <= PART):
-            part = items[start : start + PART]
-            place = None
-            if self.cache is not None:
+        parts = {start: items[start : start + PART] for start in starts}
+        places: dict[int, Path] = {}
+        if self.cache is not None:
+            for start, part in parts.items():
                 key = json.dumps([FORMAT, fingerprint, about, [describe(item) for item in part]])
-                place = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-            own[start] = _load(place) or embed(part)
-            if place is not None and not place.is_file():
-                _store(place, own[start])
-        parts = {start: rows for one in gather_objects(own) for start, rows in one.items()}
-        ordered = [parts[start] for start in sorted(parts)]
+                places[start] = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+        own = {start: _load(place) for start, place in places.items() if place.is_file()}
+        lacking = [start for start in starts if start not in own]
+        embedded = embed([parts[start] for start in lacking]) if lacking else iter(())
+        with tqdm(total=len(lacking), desc=about[0], disable=rank() != 0 or len(items) <= PART) as bar:
+            for start, rows in zip(lacking, embedded, strict=True):
+                own[start] = rows
+                if start in places:
+                    _store(places[start], rows)
+                bar.update()
+        everything = {start: rows for one in gather_objects(own) for start, rows in one.items()}
+        ordered = [everything[start] for start in sorted(everything)]
         bad = [sample for _, unreadable in ordered for sample in unreadable]
         return torch.from_numpy(np.concatenate([rows for rows, _ in ordered])), bad
 
@@ -98,11 +110,23 @@ class Embedder:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    @torch.inference_mode()
     def _embed_files(
-        self, files: Sequence[VideoFile], num_frames: int, reverse: bool, projected: bool
-    ) -> Rows:
+        self, parts: list[list[VideoFile]], num_frames: int, reverse: bool, projected: bool
+    ) -> Iterator[Rows]:
+        """The rows of each part; the reading processes and the graph live over all of them."""
         width = self.model.config.embedding if projected else self.model.config.video.width
+        files = [file for part in parts for file in part]
+        with contextlib.closing(self._encode(files, num_frames, reverse, projected)) as encoded:
+            rows = _one_by_one(on_host(encoded), width)
+            for part in parts:
+                found = list(itertools.islice(rows, len(part)))
+                yield np.stack([row for row, _ in found]), [bad for _, bad in found if bad is not None]
+
+    @torch.inference_mode()
+    def _encode(
+        self, files: Sequence[VideoFile], num_frames: int, reverse: bool, projected: bool
+    ) -> Generator[tuple[list[BadSample | None], Tensor], None, None]:
+        """Batches: for each file why it cannot be read, or None, and the rows (B, E or D) of the others."""
         augmentation = build_augmentation(
             "auto",
             takes="pixels",
@@ -112,24 +136,30 @@ class Embedder:
             device=self.device,
             threads=self.threads,
         )
-        found = np.full((len(files), width), np.nan, np.float32)
-        bad: list[BadSample] = []
-        place = 0
-        for clips in decode_files(
-            files, num_frames=num_frames, batch=self.batch, num_workers=self.num_workers
-        ):
-            bad += [clip for clip in clips if isinstance(clip, BadSample)]
-            good = [number for number, clip in enumerate(clips, place) if isinstance(clip, Clip)]
-            place += len(clips)
-            readable = [clip for clip in clips if isinstance(clip, Clip)]
-            if not readable:
-                continue
-            augmentation.submit([clip.frames for clip in readable], [clip.view for clip in readable])
+        coming: deque[list[BadSample | None]] = deque()  # batches in the graph
+
+        def finish() -> tuple[list[BadSample | None], Tensor]:
+            bad = coming.popleft()
+            if None not in bad:
+                return bad, torch.empty(0, device=self.device)
             video = augmentation.collect()
             video = video.flip(1) if reverse else video
-            rows = unit(self.model.embed_video(video)) if projected else self.model.video_features(video)
-            found[good] = rows.float().cpu().numpy()
-        return found, bad
+            if projected:
+                return bad, unit(self.model.embed_video(video))
+            return bad, self.model.video_features(video).float()
+
+        with contextlib.closing(
+            decode_files(files, num_frames=num_frames, batch=self.batch, num_workers=self.num_workers)
+        ) as batches:
+            for clips in batches:
+                readable = [clip for clip in clips if isinstance(clip, Clip)]
+                if readable:
+                    augmentation.submit([clip.frames for clip in readable], [clip.view for clip in readable])
+                coming.append([clip if isinstance(clip, BadSample) else None for clip in clips])
+                if len(coming) > 1:
+                    yield finish()
+            while coming:
+                yield finish()
 
     @torch.inference_mode()
     def _embed_texts(self, captions: Sequence[str], length: int) -> np.ndarray:
@@ -138,14 +168,23 @@ class Embedder:
         return unit(self.model.embed_text(*tokens_B2L.unbind(1))).cpu().numpy()
 
 
+def _one_by_one(
+    batches: Iterable[tuple[list[BadSample | None], Tensor]], width: int
+) -> Iterator[tuple[np.ndarray, BadSample | None]]:
+    """For each file its row, or NaN and why there is none."""
+    lacking = np.full(width, np.nan, np.float32)
+    for bad, embeddings in batches:
+        rows = iter(embeddings.numpy())
+        for sample in bad:
+            yield (lacking, sample) if sample is not None else (next(rows), None)
+
+
 def default_cache() -> Path:
     """miles_fast/embeddings in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miles_fast" / "embeddings"
 
 
-def _load(place: Path | None) -> Rows | None:
-    if place is None or not place.is_file():
-        return None
+def _load(place: Path) -> Rows:
     try:
         with np.load(place, allow_pickle=False) as file:
             return file["rows"], [BadSample(**one) for one in json.loads(str(file["bad"]))]

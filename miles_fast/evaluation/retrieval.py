@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from miles_fast.data.batches import Quarantine
+from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import gather_objects, rank, world_size
+from miles_fast.evaluation.host_copies import on_host
 from miles_fast.models.dual_encoder import DualEncoder, unit
 
 
@@ -71,10 +74,17 @@ def embed_source(
     share = -(-total // world_size())
     own = range(min(rank() * share, total), min((rank() + 1) * share, total))
     texts, videos, keys = [], [], []
-    for item in loader.batches(quarantine, own):
-        texts.append(unit(model.embed_text(item.token_ids_BL, item.attention_BL)).cpu())
-        videos.append(unit(model.embed_video(item.video_BTCHW)).cpu())
-        keys += item.keys
+
+    def embed(batches: Iterable[Batch]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        for batch in batches:
+            text = unit(model.embed_text(batch.token_ids_BL, batch.attention_BL))
+            yield batch.keys, torch.stack([text, unit(model.embed_video(batch.video_BTCHW))])
+
+    with contextlib.closing(loader.batches(quarantine, own)) as batches:
+        for found, (text, video) in on_host(embed(batches)):
+            texts.append(text)
+            videos.append(video)
+            keys += found
     empty = torch.empty(0, model.config.embedding)
     parts = gather_objects((torch.cat([empty, *texts]), torch.cat([empty, *videos]), keys, quarantine.counts))
     for part in parts[: rank()] + parts[rank() + 1 :]:

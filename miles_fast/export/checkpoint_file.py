@@ -33,11 +33,14 @@ class _Inert:
         pass
 
 
-def read_checkpoint_file(path: str | Path, lineage: Lineage) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint_file(
+    path: str | Path, lineage: Lineage | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Float32 weights under the published names of MILES, and our own description (empty in foreign files).
 
-    `module.` is stripped, Frozen's `txt_proj.` renamed, the constant buffer `position_ids` dropped. Raises
-    ValueError naming the file, for what is no such checkpoint or calls for a forbidden module.
+    Without a lineage the name of the text projection tells it. `module.` is stripped, Frozen's `txt_proj.`
+    renamed, the constant buffer `position_ids` dropped. Raises ValueError naming the file, for what is no
+    such checkpoint or calls for a forbidden module.
     """
     path = Path(path)
     content = _unpickle(path)
@@ -51,12 +54,16 @@ def read_checkpoint_file(path: str | Path, lineage: Lineage) -> tuple[dict[str, 
         state = content
     if not isinstance(state, dict):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: no `state_dict` in it (found: {found}); name a checkpoint of {lineage}")
+        kind = lineage or "official or frozen"
+        raise ValueError(f"{path}: no `state_dict` in it (found: {found}); name a checkpoint of {kind}")
     wrong = [str(name) for name, value in state.items() if not torch.is_tensor(value)]
     if wrong or not state:
         raise ValueError(f"{path}: `state_dict` holds no tensors under {wrong or 'any name'}")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if lineage is None:
+        frozen = any(name.startswith(_TEXT_PROJECTION["frozen"]) for name in state)
+        lineage = "frozen" if frozen else "official"
     theirs = _TEXT_PROJECTION[lineage]
     weights = {}
     for name, tensor in state.items():

@@ -8,10 +8,13 @@ makes the missing parts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +25,8 @@ from torch import Tensor
 from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.clips import BadSample
 from miles_fast.data.loader import EvaluationLoader
+from miles_fast.data.shards import ShardSet
+from miles_fast.evaluation.host_copies import on_host
 from miles_fast.export.encoder import VideoTextEncoder
 from miles_fast.files import whole_file, write_whole
 from miles_fast.models.dual_encoder import unit
@@ -73,13 +78,24 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One sample by its number, as it will stand in a part."""
+
+    number: int
+    caption: str
+    video: np.ndarray
+    text: np.ndarray
+
+
 def embed_set(
     model: VideoTextEncoder, loader: EvaluationLoader, folder: Path, description: SetDescription
 ) -> Iterator[int]:
-    """Write the parts that are missing; yields how many samples are done, after each part.
+    """Write the parts that are missing, each beside the encoding of the next.
 
-    Raises ValueError when the folder holds embeddings of something else, naming what differs, and when a
-    package that the layout needs is missing.
+    Yields how many samples are encoded: what an earlier call has left, then after each batch. Raises
+    ValueError when the folder holds embeddings of something else, naming what differs, and when a package
+    that the layout needs is missing.
     """
     if description.layout == "parquet":
         _pyarrow()
@@ -88,42 +104,79 @@ def embed_set(
     size, part = description.part_size, 0
     while part < description.num_parts and _part(folder, description, part).is_file():
         part += 1
-    if part:
-        yield min(part * size, description.samples)
+    yield min(part * size, description.samples)
     if part == description.num_parts:
         return
     quarantine = _Listed()
     rows: list[Row] = []
-    coming = embedded_batches(model, loader, quarantine, range(part * size, description.samples))
-    for numbers, _, videos, texts in coming:
-        for row in zip(numbers, videos.numpy(), texts.numpy(), strict=True):
-            while row[0] >= (part + 1) * size:
-                _write_part(folder, description, part, rows, loader, quarantine)
-                rows, part = [], part + 1
-                yield part * size
-            rows.append(row)
-    while part < description.num_parts:
-        _write_part(folder, description, part, rows, loader, quarantine)
-        rows, part = [], part + 1
-        yield min(part * size, description.samples)
+    writing: deque[Future[None]] = deque()
+    samples = range(part * size, description.samples)
+    # The executor is left last: parts on their way reach the disk, whatever ends the encoding.
+    with (
+        ThreadPoolExecutor(1, "parts") as writer,
+        contextlib.closing(embedded_batches(model, loader, quarantine, samples)) as batches,
+    ):
+
+        def write_part() -> None:
+            stretch = range(part * size, min((part + 1) * size, description.samples))
+            ready = [row for row in rows if row.number < stretch.stop]
+            del rows[: len(ready)]
+            place = _part(folder, description, part)
+            writing.append(writer.submit(_write_part, place, stretch, ready, loader.shards, quarantine))
+            while len(writing) > 1:  # no more parts in memory than the one that waits for the disk
+                writing.popleft().result()
+
+        for numbers, batch, videos, texts in batches:
+            columns = zip(numbers, batch.captions, videos.numpy(), texts.numpy(), strict=True)
+            rows += [Row(number=n, caption=said, video=v, text=t) for n, said, v, t in columns]
+            while numbers[-1] >= (part + 1) * size:
+                write_part()
+                part += 1
+            yield numbers[-1] + 1
+        while part < description.num_parts:
+            write_part()
+            part += 1
+        while writing:
+            writing.popleft().result()
+    yield description.samples
 
 
-@torch.inference_mode()
 def embedded_batches(
     model: VideoTextEncoder, loader: EvaluationLoader, quarantine: Quarantine, samples: range
-) -> Iterator[tuple[list[int], Batch, Tensor, Tensor]]:
-    """Batches in order with their samples' numbers and unit embeddings (B, E) of videos and captions."""
-    number = samples.start
-    for batch in loader.batches(quarantine, samples):
-        numbers = []
-        for key in batch.keys:
-            while loader.shards[number].key != key:  # batches are in order, less what is unreadable
-                number += 1
-            numbers.append(number)
-            number += 1
-        videos = unit(model.embed_video(batch.video_BTCHW))
-        texts = unit(model.embed_text(batch.token_ids_BL, batch.attention_BL))
-        yield numbers, batch, videos.cpu(), texts.cpu()
+) -> Generator[tuple[list[int], Batch, Tensor, Tensor], None, None]:
+    """Batches in order with their samples' numbers and unit embeddings (B, E) of videos and captions.
+
+    The embeddings are on the CPU, the batch on the device; close it when done.
+    """
+
+    @torch.inference_mode()
+    def embed() -> Generator[tuple[tuple[list[int], Batch], Tensor], None, None]:
+        number = samples.start
+        with contextlib.closing(loader.batches(quarantine, samples)) as batches:
+            for batch in batches:
+                numbers = []
+                for key in batch.keys:
+                    while loader.shards[number].key != key:  # batches are in order, less what is unreadable
+                        number += 1
+                    numbers.append(number)
+                    number += 1
+                whole = _filled(batch, loader.batch)
+                texts = unit(model.embed_text(whole.token_ids_BL, whole.attention_BL))
+                videos = unit(model.embed_video(whole.video_BTCHW))
+                yield (numbers, batch), torch.stack([videos, texts])[:, : len(numbers)]
+
+    with contextlib.closing(embed()) as found:
+        for (numbers, batch), (videos, texts) in on_host(found):
+            yield numbers, batch, videos, texts
+
+
+def _filled(batch: Batch, size: int) -> Batch:
+    """A batch that lost clips, filled up on a GPU: compiled layers take clips of one number."""
+    if not batch.video_BTCHW.is_cuda or len(batch.keys) == size:
+        return batch
+    rows = torch.arange(size, device=batch.video_BTCHW.device).clamp(max=len(batch.keys) - 1)
+    tensors = {name: getattr(batch, name)[rows] for name in ("video_BTCHW", "token_ids_BL", "attention_BL")}
+    return replace(batch, **tensors)
 
 
 def read_set(folder: str | Path) -> EmbeddingSet:
@@ -140,11 +193,6 @@ def read_set(folder: str | Path) -> EmbeddingSet:
     parts = [part for part in parts if len(part["keys"])]
     if not parts:
         raise ValueError(f"{folder}: none of its {description.samples} samples could be read")
-    unreadable = [
-        json.loads(line)
-        for path in sorted(folder.glob("part-*.unreadable.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
 
     def column(name: str) -> np.ndarray:
         return np.concatenate([part[name] for part in parts])
@@ -156,11 +204,17 @@ def read_set(folder: str | Path) -> EmbeddingSet:
         captions=column("captions").tolist(),
         videos=column("videos"),
         texts=column("texts"),
-        unreadable=unreadable,
+        unreadable=unreadable_samples(folder),
     )
 
 
-Row = tuple[int, np.ndarray, np.ndarray]  # the sample's number, its video's and its caption's embedding
+def unreadable_samples(folder: Path) -> list[dict[str, Any]]:
+    """Key, shard, cause and message of the samples that the parts of a folder had to leave out."""
+    return [
+        json.loads(line)
+        for path in sorted(folder.glob("part-*.unreadable.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
 
 
 class _Listed(Quarantine):
@@ -175,33 +229,23 @@ class _Listed(Quarantine):
         self.found |= {(sample.shard, sample.key): sample for sample in bad}
 
 
-def _write_part(
-    folder: Path,
-    description: SetDescription,
-    part: int,
-    rows: list[Row],
-    loader: EvaluationLoader,
-    quarantine: _Listed,
-) -> None:
-    place, shards = _part(folder, description, part), loader.shards
-    stretch = range(
-        part * description.part_size, min((part + 1) * description.part_size, description.samples)
-    )
-    bad = [shards[number] for number in sorted({*stretch} - {row[0] for row in rows})]
+def _write_part(place: Path, stretch: range, rows: list[Row], shards: ShardSet, quarantine: _Listed) -> None:
+    """Write the samples of a stretch that could be read, and beside them the list of the others."""
+    bad = [shards[number] for number in sorted({*stretch} - {row.number for row in rows})]
     lines = [json.dumps(asdict(quarantine.found[str(sample.shard), sample.key])) + "\n" for sample in bad]
     if lines:
         write_whole(place.with_suffix(".unreadable.jsonl"), "".join(lines))
-    samples = [shards[row[0]] for row in rows]
+    samples = [shards[row.number] for row in rows]
     empty = np.zeros((0, 0), np.float32)
     columns = {
         "keys": np.array([sample.key for sample in samples], dtype=np.str_),
         "shards": np.array([str(sample.shard) for sample in samples], dtype=np.str_),
-        "captions": np.array([sample.captions()[0] for sample in samples], dtype=np.str_),
-        "videos": np.stack([row[1] for row in rows]) if rows else empty,
-        "texts": np.stack([row[2] for row in rows]) if rows else empty,
+        "captions": np.array([row.caption for row in rows], dtype=np.str_),
+        "videos": np.stack([row.video for row in rows]) if rows else empty,
+        "texts": np.stack([row.text for row in rows]) if rows else empty,
     }
     with whole_file(place) as partial:
-        if description.layout == "parquet":
+        if place.suffix == ".parquet":
             pyarrow, parquet = _pyarrow()
             parquet.write_table(
                 pyarrow.table({name: list(values) for name, values in columns.items()}), partial

@@ -58,7 +58,7 @@ def read_pretrained(
     `safetensors`: a model folder of ours, a run, or a checkpoint of one (any ZeRO stage). `hf`: a folder that
     MilesModel.save_pretrained wrote. `official`, `frozen`: a .pth, which holds no tokenizer: `tokenizer`
     names it (distilbert-base-uncased otherwise). `timm`: an image ViT (a .safetensors file or a model's name)
-    put into `base`, a model that `auto` can read, whose other weights stay. `auto` tells the first two apart.
+    put into `base`, a model that `auto` can read, whose other weights stay. `auto` tells all but timm apart.
     `drop`: prefixes of keys to leave out. Raises ValueError naming the file, the keys and the remedy.
     """
     if kind not in get_args(Kind):
@@ -69,10 +69,12 @@ def read_pretrained(
         raise ValueError(f"--base is for an image tower (--from timm) only, not for --from {kind}")
     if kind in ("official", "frozen"):
         found = _from_checkpoint_file(Path(path), kind, tokenizer)
-    elif kind == "hf" or (kind == "auto" and _is_hugging_face(Path(path))):
-        found = _from_hugging_face(Path(path), tokenizer)
+    elif kind == "auto" and Path(path).suffix == ".safetensors":
+        raise ValueError(f"{path} is an image tower alone: put it into a model with --from timm --base MODEL")
     elif kind == "auto" and Path(path).is_file():
-        raise ValueError(f"{path} is a file: say what it is with --from official, frozen or timm")
+        found = _from_checkpoint_file(Path(path), None, tokenizer)
+    elif kind == "hf" or (kind == "auto" and is_foreign(path)):
+        found = _from_hugging_face(Path(path), tokenizer)
     else:
         found = _from_folder(model_folder(path), tokenizer)
     if drop:
@@ -80,14 +82,14 @@ def read_pretrained(
         found = dataclasses.replace(found, weights=kept)
     _check_vocabulary(found, str(path))
     with torch.device("meta"):
-        model = DualEncoder(_resolved(found), found.vocabulary_size)
+        model = DualEncoder(architecture_of(found), found.vocabulary_size)
     check_weights(model, found.weights, str(path))
     return found
 
 
 def build_model(found: Pretrained, make: type[Model] = DualEncoder) -> Model:
     """A model with these weights and its tokenizer, in evaluation mode; `make` is its class."""
-    model = make(_resolved(found), found.vocabulary_size)
+    model = make(architecture_of(found), found.vocabulary_size)
     model.load_state_dict(found.weights)
     model.tokenizer = load_tokenizer(found.tokenizer)
     return model.eval()
@@ -140,7 +142,7 @@ def _from_folder(folder: Path, tokenizer: str | None) -> Pretrained:
     )
 
 
-def _from_checkpoint_file(path: Path, lineage: Lineage, tokenizer: str | None) -> Pretrained:
+def _from_checkpoint_file(path: Path, lineage: Lineage | None, tokenizer: str | None) -> Pretrained:
     weights, description = read_checkpoint_file(path, lineage)
     tokenizer = tokenizer or PUBLISHED_TOKENIZER
     if description:
@@ -157,8 +159,10 @@ def _from_checkpoint_file(path: Path, lineage: Lineage, tokenizer: str | None) -
     return Pretrained(weights=weights, config=config, vocabulary_size=vocabulary_size, tokenizer=tokenizer)
 
 
-def _is_hugging_face(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+def is_foreign(path: str | Path) -> bool:
+    """Whether it is a file or a Hugging Face folder, which a run cannot start from as it is."""
+    path = Path(path)
+    return path.is_file() or ((path / "config.json").is_file() and (path / "model.safetensors").is_file())
 
 
 def _from_hugging_face(folder: Path, tokenizer: str | None) -> Pretrained:
@@ -208,7 +212,7 @@ def is_image_tower(name: str) -> bool:
     return name.startswith("video_model.") and not any(part in name for part in temporal)
 
 
-def _resolved(found: Pretrained) -> ModelConfig:
+def architecture_of(found: Pretrained) -> ModelConfig:
     """The sizes alone: nothing is to be fetched by name where all weights are at hand."""
     text = dataclasses.replace(found.config.text, tokenizer=found.tokenizer, weights=None)
     return dataclasses.replace(

@@ -24,7 +24,6 @@ from miles_fast.export.embedding_set import embedded_batches
 from miles_fast.export.encoder import VideoTextEncoder
 from miles_fast.export.report_charts import confusion_grid, heat_over, line_chart, picture
 from miles_fast.files import write_whole
-from miles_fast.training.progress import read_log
 
 THUMBNAIL = 112  # pixels of a side
 SHOWN = 5  # answers to a query
@@ -64,13 +63,12 @@ def collect_gallery(
     quarantine = Quarantine(None)
     keys, captions, thumbnails, videos, texts, whole = [], [], [], [], [], []
     samples = range(min(limit, len(loader)))
-    for numbers, batch, video_BE, text_BE in embedded_batches(model, loader, quarantine, samples):
-        said = [loader.shards[number].captions()[0] for number in numbers]
-        for row in range(min(looked - len(whole), len(said))):
+    for _, batch, video_BE, text_BE in embedded_batches(model, loader, quarantine, samples):
+        for row in range(min(looked - len(whole), len(batch.keys))):
             clip = batch.video_BTCHW[row : row + 1]
-            whole.append(Looked(video=clip, caption=said[row], name=batch.keys[row]))
+            whole.append(Looked(video=clip, caption=batch.captions[row], name=batch.keys[row]))
         keys += batch.keys
-        captions += said
+        captions += batch.captions
         thumbnails += list(shown(batch.video_BTCHW[:, batch.video_BTCHW.shape[1] // 2]))
         videos.append(video_BE)
         texts.append(text_BE)
@@ -97,26 +95,22 @@ def shown(frames_TCHW: Tensor) -> np.ndarray:
 
 
 def write_report(
-    run: Path,
     page: Path,
     *,
+    name: str,
+    log: list[dict[str, Any]],
+    config: dict[str, Any],
     model: VideoTextEncoder,
     gallery: Gallery | None,
     looked: Sequence[Looked],
     actions: dict[str, Any] | None,
     queries: int,
 ) -> None:
-    """Write the page; parts without data say so. Raises ValueError when the run has no log or config."""
-    try:
-        log, config = read_log(run), json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{run}: log.jsonl or config.json cannot be read ({error}); name a run's folder"
-        ) from error
+    """Write the page of a run, or of a model without one (an empty log); parts without data say so."""
     sections = [
-        ("Training", curves(log)),
+        ("Training", curves(log) if log else _quiet("There is no log of a run beside the model.")),
         ("Evaluation", evaluations(log)),
-        ("Retrieval", retrieval(gallery, queries) if gallery else _quiet("The run names no evaluation set.")),
+        ("Retrieval", retrieval(gallery, queries) if gallery else _quiet("No set of clips was named.")),
         (
             "Where it looks",
             "".join(map(lambda clip: look(model, clip), looked)) or _quiet("No clip was given."),
@@ -131,10 +125,10 @@ def write_report(
     body = "".join(f"<section><h2>{_safe(title)}</h2>{content}</section>" for title, content in sections)
     write_whole(
         page,
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_safe(run.name)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_safe(name)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<style>{_STYLE()}</style></head><body><header><h1>{_safe(run.name)}</h1>"
+        f"<style>{_STYLE()}</style></head><body><header><h1>{_safe(name)}</h1>"
         f"{summary(log, config)}</header><main>{body}</main></body></html>\n",
     )
 
@@ -184,7 +178,7 @@ def evaluations(log: list[dict[str, Any]]) -> str:
                 + f"<td>{100 * chance(result['gallery']).r1:.2f}</td></tr>"
             )
     if not rows:
-        return _quiet("The run made no evaluation.")
+        return _quiet("No evaluation was logged.")
     head = "".join(
         f"<th>{name}</th>" for name in ("step", "set", "gallery", "R@1", "R@5", "R@10", "chance R@1")
     )
@@ -278,7 +272,8 @@ def confusion(actions: dict[str, Any]) -> str:
     counts = actions["counts"]
     share = 100 * counts.trace() / max(counts.sum(), 1)
     said = f"{actions['name']}: {counts.sum()} clips, {len(counts)} classes, {share:.1f} % right, chance "
-    said += f"{100 / len(counts):.1f} %. Rows are the true classes, columns what they were taken for."
+    said += f"{100 / len(counts):.1f} %. Rows are the true classes, columns, in the same order, what they "
+    said += "were taken for."
     return _quiet(said) + confusion_grid(actions["classes"], counts)
 
 

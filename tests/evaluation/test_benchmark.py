@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import tiny_config, write_data
 
+from miles_fast.data import reading, video_files
 from miles_fast.data.augmentation import PillowAugmentation
 from miles_fast.data.sampling import evaluation_view, segment_frames
 from miles_fast.data.videos import read_frames
@@ -176,6 +177,19 @@ def test_ranks_share_the_parts_and_all_get_the_whole(model, folder, monkeypatch)
     joined, _ = embedder(model).videos(files, 4)
     monkeypatch.undo()
     torch.testing.assert_close(joined, embedder(model).videos(files, 4)[0])
+
+
+def test_reading_processes_live_over_all_parts(model, folder, monkeypatch):
+    (folder / "clips" / "film_2.avi").write_bytes(b"not a video")
+    files = DataFolder(folder).videos([f"film_{n}" for n in range(5)])
+    whole, bad = embedder(model, batch=3).videos(files, 4)  # batches reach over the ends of parts
+    started = []
+    monkeypatch.setattr(embedding, "PART", 2)
+    monkeypatch.setattr(video_files, "ReadingPool", lambda *a: started.append(a) or reading.ReadingPool(*a))
+    parts, bad_parts = embedder(model, batch=3).videos(files, 4)
+    assert len(started) == 1 and [sample.key for sample in bad_parts] == ["film_2"] == [bad[0].key]
+    np.testing.assert_array_equal(parts, whole)
+    assert np.isnan(parts[2]).all() and not np.isnan(parts[[0, 1, 3, 4]]).any()
 
 
 @pytest.fixture

@@ -1,10 +1,16 @@
 """Fine-tuning learns: real weights, real clips, minutes of a CPU; only with MILES_FAST_REAL_FINETUNING.
 
 MILES_FAST_WEIGHTS names the folder of tests/models/test_real_weights.py. Of the captioned clips beside the
-checkout 100 are trained on and the others are the gallery, for several splits; their ranks are pooled.
+checkout 100 are trained on and the others are the gallery, for several splits; their ranks are pooled. The
+settings were chosen on splits of DEVELOPMENT (in a loop over cached features, without crops and dropout);
+those of REPORTED were first run when they stood. All splits are of the same clips: what was chosen has seen
+clips of the galleries that are reported. What the frozen towers reach alone is printed beside the result.
+
+Projections start as ridge regressions onto the frozen text encoder's sentence vectors of the training clips;
+the trainer goes on from there with the projections and the upper half of the text encoder.
 
     MILES_FAST_REAL_FINETUNING=4 MILES_FAST_WEIGHTS=DIR pytest -s --timeout 3600 \
-        tests/evaluation/test_real_finetuning.py
+        tests/evaluation/test_real_finetuning.py      # MILES_FAST_REAL_SPLITS=development: the others
 """
 
 import io
@@ -13,6 +19,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,25 +28,28 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import ds_tree
 
-from miles_fast.config import DataConfig, SourceConfig, TextEncoderConfig, parse_config
+from miles_fast.config import DataConfig, SourceConfig, parse_config, parse_model, to_dict
+from miles_fast.data.batches import Quarantine
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.data.preparation import PreparationOptions, prepare
 from miles_fast.evaluation.retrieval import chance, embed_source, ranking
 from miles_fast.export.run import load
 from miles_fast.models.caption_tokens import CaptionEncoder
-from miles_fast.models.dual_encoder import unit
-from miles_fast.models.text_encoder import build_text_encoder, load_tokenizer
+from miles_fast.models.dual_encoder import build_dual_encoder, unit
+from miles_fast.models.storage import write_model
+from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.loop import pretrain
 
 WEIGHTS = Path(os.environ.get("MILES_FAST_WEIGHTS", "nowhere"))
 SPLITS = int(os.environ.get("MILES_FAST_REAL_FINETUNING", "0"))
-SIZE, DEPTH, TRAINED, STEPS, BATCH, LR = 98, 10, 100, 24, 50, 4e-4
-FROZEN = [
-    *("video_model.cls_token", "video_model.pos_embed", "video_model.patch_embed.", "text_model.embeddings."),
-    *(f"video_model.blocks.{block}." for block in range(8)),
-    *(f"text_model.transformer.layer.{layer}." for layer in range(3)),
-]
+DEVELOPMENT, REPORTED = range(100, 120), range(1000, 1020)
+SEEDS = DEVELOPMENT if os.environ.get("MILES_FAST_REAL_SPLITS") == "development" else REPORTED
+SIZE, DEPTH, TOKENS, TRAINED = 154, 11, 20, 100
+VIDEO_PENALTY, TEXT_PENALTY = 1000.0, 30.0  # of ridge regressions from features of variance 1
+STEPS, BATCH, LR, TEMPERATURE = 12, 50, 6e-5, 0.2
+FROZEN = ["video_model.", "text_model.embeddings."]
+FROZEN += [f"text_model.transformer.layer.{layer}." for layer in range(3)]
 pytestmark = [
     pytest.mark.skipif(not SPLITS, reason="MILES_FAST_REAL_FINETUNING: not asked for"),
     pytest.mark.skipif(
@@ -56,8 +66,8 @@ def clips(shared, tmp_path_factory):
     listed = json.loads((shared / "clips" / "manifest.json").read_text())
     captions = {c["file"]: c["caption"] for c in listed if c.get("caption") and not c["decode_error"]}
     (place / "captions.json").write_text(json.dumps(captions))
-    options = PreparationOptions(frames=8, short_side=128, workers=2)
-    prepare([str(shared / "clips")], str(place / "frames"), str(place / "captions.json"), options=options)
+    options = PreparationOptions(frames=8, short_side=224, workers=2)
+    prepare([shared / "clips"], place / "frames", options, captions=place / "captions.json")
     samples: dict[str, dict[str, bytes]] = {}
     for tar in sorted((place / "frames").glob("*.tar")):
         with tarfile.open(tar) as file:
@@ -68,14 +78,61 @@ def clips(shared, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    """The ViT-S/14 without its last block, which its README calls damaged."""
+def towers(clips, tmp_path_factory):
+    """The real towers with random projections, and what they make of every clip and caption, by key."""
+    place = tmp_path_factory.mktemp("towers")
     weights = load_file(WEIGHTS / "vit" / "vit_s14_timm.safetensors")
-    place = tmp_path_factory.mktemp("vit") / "vit.safetensors"
-    save_file(
-        {name: t for name, t in weights.items() if not name.startswith(("blocks.10.", "blocks.11."))}, place
+    kept = {name: t for name, t in weights.items() if not name.startswith("blocks.11.")}  # it is damaged
+    save_file(kept, place / "vit.safetensors")
+    tree = {
+        "video": {
+            "image_size": SIZE,
+            "patch_size": 14,
+            "width": 384,
+            "depth": DEPTH,
+            "heads": 6,
+            "num_frames": 4,
+            "weights": str(place / "vit.safetensors"),
+        },
+        "text": {"weights": str(WEIGHTS / "text")},
+        "embedding": 384,
+        "attention": "sdpa",  # the tests interpret Triton, which takes minutes here
+    }
+    tokenizer = load_tokenizer(WEIGHTS / "text")
+    model = build_dual_encoder(parse_model(tree, "real"), len(tokenizer)).eval()
+    write_shard(place / "all.tar", clips)
+    keys, videos = [], []
+    with torch.inference_mode():
+        for batch in loader_of(place / "all.tar").batches(Quarantine(None)):
+            keys += batch.keys
+            videos.append(model.video_features(batch.video_BTCHW))
+        captions = [clips[key]["txt"].decode() for key in keys]
+        ids, attention = torch.from_numpy(CaptionEncoder(tokenizer, TOKENS)(captions)).unbind(1)
+        hidden = model.text_model(input_ids=ids, attention_mask=attention).last_hidden_state
+    sentences = unit((hidden * attention[..., None]).sum(1))
+    rows = zip(torch.cat(videos), hidden[:, 0].relu(), sentences, strict=True)
+    return model, {key: Frozen(*row) for key, row in zip(keys, rows, strict=True)}
+
+
+class Frozen(NamedTuple):
+    """Video [CLS], what the text projection sees, and the caption's sentence vector, (384,) each."""
+
+    video: torch.Tensor
+    text: torch.Tensor
+    sentence: torch.Tensor
+
+
+def loader_of(shard):
+    source = SourceConfig(shards=[str(shard)], name="clips")
+    data = DataConfig(train=[source], frames_per_clip=4, caption_tokens=TOKENS, threads=2, decode_workers=1)
+    return EvaluationLoader(
+        source,
+        data,
+        image_size=SIZE,
+        tokenizer=load_tokenizer(WEIGHTS / "text"),
+        batch=19,
+        device=torch.device("cpu"),
     )
-    return place
 
 
 def write_shard(path, samples, captions=None):
@@ -95,102 +152,93 @@ def gallery_split(clips, seed):
     return {k: clips[k] for k in keys[:TRAINED]}, {k: clips[k] for k in keys[TRAINED:]}
 
 
-def finetune(root, clips, vit, seed, shuffled=False):
-    """Similarity (text, video) of the gallery after fine-tuning on the others."""
+def ridge(features, goals, penalty):
+    """Weights and bias of the regression, scaled to predictions of length 1 in the mean."""
+    mean, deviation = features.mean(0), features.std(0) + 1e-6
+    x, y = ((features - mean) / deviation).double(), (goals - goals.mean(0)).double()
+    weight = (x.T @ torch.linalg.solve(x @ x.T + penalty * torch.eye(len(x)), y)).T / deviation
+    weight /= ((features - mean).double() @ weight.T).norm(dim=1).mean()
+    return {"weight": weight.float(), "bias": -(weight @ mean.double()).float()}
+
+
+def finetune(root, clips, towers, seed, shuffled=False):
+    """Similarities (text, video) of the gallery: at the start, and after fine-tuning on the others."""
+    model, frozen = towers
     trained, held_out = gallery_split(clips, seed)
-    captions = [members["txt"].decode() for members in trained.values()]
-    wrong = np.roll(captions, 37).tolist() if shuffled else None
+    shown = list(trained)
+    said = np.roll(shown, 37).tolist() if shuffled else shown
     shutil.rmtree(root, ignore_errors=True)
-    write_shard(root / "train.tar", trained, wrong)
+    write_shard(root / "train.tar", trained, [clips[key]["txt"].decode() for key in said])
     write_shard(root / "heldout.tar", held_out)
-    heldout = {"shards": [str(root / "heldout.tar")], "name": "heldout"}
+    sentences = torch.stack([frozen[key].sentence for key in said])
+    videos = torch.stack([frozen[key].video for key in shown])
+    texts = torch.stack([frozen[key].text for key in said])
+    model.vid_proj[0].load_state_dict(ridge(videos, sentences, VIDEO_PENALTY))
+    model.text_proj[1].load_state_dict(ridge(texts, sentences, TEXT_PENALTY))
+    write_model(
+        root / "start", model.state_dict(), model.config, model.vocabulary_size, str(WEIGHTS / "text")
+    )
+    run = {
+        "folder": str(root / "run"),
+        "steps": STEPS,
+        "seed": seed,
+        "save_every": STEPS,
+        "freeze": FROZEN,
+        "init_from": str(root / "start"),
+    }
     data = {
         "train": [{"shards": [str(root / "train.tar")]}],
         "frames_per_clip": 1,  # as the first stage of the published curriculum
-        "caption_tokens": 20,
+        "caption_tokens": TOKENS,
         "threads": 2,
         "decode_workers": 1,
     }
-    tree = {
-        "run": {
-            "folder": str(root / "run"),
-            "steps": STEPS,
-            "seed": seed,
-            "save_every": STEPS,
-            "freeze": FROZEN,
-        },
-        "data": data,
-        "model": {
-            "video": {
-                "image_size": SIZE,
-                "patch_size": 14,
-                "width": 384,
-                "depth": DEPTH,
-                "heads": 6,
-                "num_frames": 4,
-                "weights": str(vit),
-            },
-            "text": {"weights": str(WEIGHTS / "text")},
-            "attention": "sdpa",  # the tests interpret Triton, which takes minutes here
-        },
-        "method": {"view": "none"},
-    }
+    method = {"view": "none", "contrast": {"temperature": TEMPERATURE}}
+    tree = {"run": run, "data": data, "model": to_dict(model.config), "method": method}
     config = parse_config(tree, "real")
     settings = ds_tree(batch=BATCH)
     settings["optimizer"]["params"] |= {"lr": LR, "weight_decay": 0.05}
-    schedule = {"total_num_steps": "auto", "warmup_num_steps": 6, "warmup_type": "linear"}
+    schedule = {"total_num_steps": "auto", "warmup_num_steps": 3, "warmup_type": "linear"}
     settings["scheduler"] = {"type": "WarmupCosineLR", "params": schedule}
     pretrain(config, check_ds_config(settings, "ds.json", config, cuda=False, ranks=1))
-    loader = EvaluationLoader(
-        SourceConfig(**heldout),
-        DataConfig(**{**data, "frames_per_clip": 4}),
-        image_size=SIZE,
-        tokenizer=load_tokenizer(WEIGHTS / "text"),
-        batch=19,
-        device=torch.device("cpu"),
-    )
-    model = load(root / "run")
-    texts, videos, keys, _ = embed_source(model, loader)
-    assert len(keys) == len(held_out)
-    return texts @ videos.T
+    found = []
+    for place in (root / "start", root / "run"):
+        texts, videos, keys, _ = embed_source(load(place), loader_of(root / "heldout.tar"))
+        assert len(keys) == len(held_out)
+        found.append(texts @ videos.T)
+    return found
 
 
-def sentence_vectors(captions):
-    """Mean token features of the text encoder as it came, (N, D), unit length."""
-    model = build_text_encoder(TextEncoderConfig(weights=str(WEIGHTS / "text")), 0).eval()
-    encode = CaptionEncoder(load_tokenizer(WEIGHTS / "text"), 32)
-    ids, attention = torch.from_numpy(encode(captions)).unbind(1)
-    with torch.inference_mode():
-        hidden = model(input_ids=ids, attention_mask=attention).last_hidden_state
-    return unit((hidden * attention[..., None]).sum(1))
+def frozen_similarity(clips, frozen, seed):
+    """The bar: ridge regression from the frozen video features to the sentence vectors themselves."""
+    trained, held_out = gallery_split(clips, seed)
+    videos, sentences = (torch.stack([frozen[key][column] for key in trained]) for column in (0, 2))
+    projection = ridge(videos, sentences, VIDEO_PENALTY)
+    shown = torch.stack([frozen[key].video for key in held_out]) @ projection["weight"].T + projection["bias"]
+    said = torch.stack([frozen[key].sentence for key in held_out]) - sentences.mean(0)
+    return unit(said) @ unit(shown).T
 
 
-def pixel_similarity(clips, seed):
+def pixel_similarity(clips, frozen, seed):
     """Ridge regression from 8 x 8 pixels of three frames to sentence vectors, with the best penalty."""
-    parts = gallery_split(clips, seed)
-    pixels, vectors = [], []
-    for part in parts:
-        frames = [[m[f"{t:02d}.jpg"] for t in (1, 3, 6) if f"{t:02d}.jpg" in m] for m in part.values()]
-        frames = [(chosen or [m["00.jpg"]]) for chosen, m in zip(frames, part.values(), strict=True)]
-        small = [
-            np.concatenate(
-                [
-                    np.asarray(Image.open(io.BytesIO(f)).convert("RGB").resize((8, 8))).ravel()
-                    for f in (c * 3)[:3]
-                ]
-            )
-            for c in frames
-        ]
-        pixels.append(torch.tensor(np.stack(small), dtype=torch.float64))
-        vectors.append(sentence_vectors([m["txt"].decode() for m in part.values()]).double())
-    mean, deviation, centre = pixels[0].mean(0), pixels[0].std(0), vectors[0].mean(0)
-    train, test = ((p - mean) / deviation for p in pixels)
-    kernel, goal = train @ train.T, vectors[0] - centre
+    trained, held_out = gallery_split(clips, seed)
+    pixels = [
+        torch.stack([small_pixels(members) for members in part.values()]) for part in (trained, held_out)
+    ]
+    goals, said = (torch.stack([frozen[key].sentence for key in part]) for part in (trained, held_out))
+    said = unit(said - goals.mean(0))
     found = []
     for penalty in 10.0 ** torch.arange(1, 7):
-        weights = torch.linalg.solve(kernel + penalty * torch.eye(len(train)), goal)
-        found.append(unit(vectors[1] - centre) @ unit(test @ train.T @ weights).double().T)
+        projection = ridge(pixels[0], goals, float(penalty))
+        found.append(said @ unit(pixels[1] @ projection["weight"].T + projection["bias"]).T)
     return max(found, key=lambda similarity: ranking(similarity).r5)
+
+
+def small_pixels(members):
+    """Three frames of 8 x 8 pixels, (576,)."""
+    frames = [members[f"{t:02d}.jpg"] for t in (1, 3, 6) if f"{t:02d}.jpg" in members] or [members["00.jpg"]]
+    images = [Image.open(io.BytesIO(frame)).convert("RGB").resize((8, 8)) for frame in (frames * 3)[:3]]
+    return torch.tensor(np.concatenate([np.asarray(image).ravel() for image in images]), dtype=torch.float32)
 
 
 def galleries_of_32(similarity):
@@ -200,30 +248,32 @@ def galleries_of_32(similarity):
     return float(np.mean([ranking(similarity[c][:, c]).r5 for c in chosen]))
 
 
-def test_finetuning_beats_frozen_features_and_shuffled_captions_fall_to_chance(clips, vit, tmp_path):
+def test_finetuning_beats_pixels_and_the_bar_and_shuffled_captions_fall_to_chance(clips, towers, tmp_path):
     # Frozen features of the same weights reach R@5 .70 in galleries of 32 (../shared/weights/README.md).
     gallery = len(clips) - TRAINED
     guess = chance(gallery).r5
     bar = 0.70 * guess / chance(32).r5
-    tuned = [finetune(tmp_path / "run", clips, vit, seed) for seed in range(SPLITS)]
-    pixels = [pixel_similarity(clips, seed) for seed in range(SPLITS)]
-    wrong = [finetune(tmp_path / "run", clips, vit, seed, shuffled=True) for seed in range(SPLITS)]
-
-    def pooled(similarities):
-        forth, back = ([ranking(s) for s in part] for part in (similarities, [s.T for s in similarities]))
-        return {k: np.mean([getattr(r, k) for r in forth + back]) for k in ("r1", "r5", "r10")}
-
-    rows = {
-        "fine-tuned": (pooled(tuned), np.mean([galleries_of_32(s) for s in tuned])),
-        "8 x 8 pixels": (pooled(pixels), np.mean([galleries_of_32(s) for s in pixels])),
-        "shuffled captions": (pooled(wrong), np.mean([galleries_of_32(s) for s in wrong])),
-        "chance": (chance(gallery).__dict__, chance(32).r5),
+    seeds = SEEDS[:SPLITS]
+    tuned = [finetune(tmp_path / "run", clips, towers, seed) for seed in seeds]
+    wrong = [finetune(tmp_path / "run", clips, towers, seed, shuffled=True)[1] for seed in seeds]
+    similarities = {
+        "fine-tuned": [one[1] for one in tuned],
+        "where it started": [one[0] for one in tuned],
+        "frozen, ridge": [frozen_similarity(clips, towers[1], seed) for seed in seeds],
+        "8 x 8 pixels": [pixel_similarity(clips, towers[1], seed) for seed in seeds],
+        "shuffled captions": wrong,
     }
-    print(f"\n{SPLITS} splits of {TRAINED} + {gallery} clips, both directions pooled; bar R@5 {bar:.3f}")
-    for name, (row, small) in rows.items():
-        figures = "  ".join(f"R@{k[1:]} {row[k]:.3f}" for k in ("r1", "r5", "r10"))
-        print(f"{name:<18} {figures}  R@5 of 32 {small:.3f}")
-    assert rows["fine-tuned"][0]["r5"] > bar
-    assert rows["fine-tuned"][0]["r5"] > rows["8 x 8 pixels"][0]["r5"]
+    rows = {}
+    print(f"\nsplits {seeds}: {TRAINED} + {gallery} clips, both directions pooled; bar R@5 {bar:.3f}")
+    for name, of_splits in similarities.items():
+        ranks = [ranking(s) for one in of_splits for s in (one, one.T)]
+        rows[name] = {k: float(np.mean([getattr(r, k) for r in ranks])) for k in ("r1", "r5", "r10")}
+        spread = np.std([ranking(one).r5 / 2 + ranking(one.T).r5 / 2 for one in of_splits])
+        small = np.mean([galleries_of_32(one) for one in of_splits])
+        figures = "  ".join(f"R@{k[1:]} {v:.3f}" for k, v in rows[name].items())
+        print(f"{name:<18} {figures}  R@5 of 32 {small:.3f}  R@5 between splits +-{spread:.3f}")
+    at_random = chance(gallery)
+    print(f"{'chance':<18} R@1 {at_random.r1:.3f}  R@5 {guess:.3f}  R@10 {at_random.r10:.3f}")
+    assert rows["fine-tuned"]["r5"] > max(bar, rows["8 x 8 pixels"]["r5"])
     # Three standard deviations of a guess in one gallery: alike clips share their fate, so splits add little.
-    assert rows["shuffled captions"][0]["r5"] < guess + 3 * (guess * (1 - guess) / gallery) ** 0.5
+    assert rows["shuffled captions"]["r5"] < guess + 3 * (guess * (1 - guess) / gallery) ** 0.5

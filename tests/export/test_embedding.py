@@ -15,12 +15,20 @@ from PIL import Image
 from tiny import caption, write_frames
 
 import miles_fast
+from launch.embed import speed
 from miles_fast.config import DataConfig, SourceConfig
+from miles_fast.data.batches import Quarantine
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.evaluation.retrieval import embed_source
 from miles_fast.export import search
 from miles_fast.export.attention_maps import cls_attention, word_maps
-from miles_fast.export.embedding_set import SetDescription, embed_set, fingerprint, read_set
+from miles_fast.export.embedding_set import (
+    SetDescription,
+    embed_set,
+    embedded_batches,
+    fingerprint,
+    read_set,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,11 +53,11 @@ def shards(tmp_path_factory):
     return folder
 
 
-def loader_of(model, shards, batch=4):
+def loader_of(model, shards, batch=4, device="cpu"):
     source = SourceConfig(shards=[str(shards / "*.tar")], name="set")
     data = DataConfig(train=[source], frames_per_clip=2, caption_tokens=8, decode_workers=1, threads=1)
     return EvaluationLoader(
-        source, data, image_size=32, tokenizer=model.tokenizer, batch=batch, device=torch.device("cpu")
+        source, data, image_size=32, tokenizer=model.tokenizer, batch=batch, device=torch.device(device)
     )
 
 
@@ -67,7 +75,7 @@ def test_a_set_is_what_evaluation_embeds_and_bad_samples_are_listed(model, shard
         pytest.importorskip("pyarrow", reason="pip install 'miles-fast[search]'")
     loader = loader_of(model, shards)
     done = list(embed_set(model, loader, tmp_path / "set", description_of(model, loader, layout=layout)))
-    assert done == [5, 10, 15, 20, 23]
+    assert done == [0, 4, 8, 12, 16, 20, 22, 23]  # the last batch ends before 0022, which is unreadable
     found = read_set(tmp_path / "set")
     texts, videos, keys, _ = embed_source(model, loader)
     assert found.keys == keys == [f"{i:04d}" for i in range(23) if i not in (4, 22)]
@@ -84,14 +92,16 @@ def test_a_set_goes_on_after_its_last_whole_part(model, shards, tmp_path):
     loader = loader_of(model, shards)
     description = description_of(model, loader)
     work = embed_set(model, loader, tmp_path / "set", description)
-    assert next(work) == 5
+    assert next(done for done in work if done > 5) == 8
     work.close()
     with pytest.raises(ValueError, match="4 of 5 parts are missing, the first is part-00001.npz"):
         read_set(tmp_path / "set")
     before = (tmp_path / "set" / "part-00000.npz").stat().st_mtime_ns
-    assert list(embed_set(model, loader, tmp_path / "set", description)) == [5, 10, 15, 20, 23]
+    again = list(embed_set(model, loader, tmp_path / "set", description))
+    assert (again[0], again[-1]) == (5, 23)
     assert (tmp_path / "set" / "part-00000.npz").stat().st_mtime_ns == before
     assert list(embed_set(model, loader, tmp_path / "set", description)) == [23]
+    assert read_set(tmp_path / "set").keys == [f"{i:04d}" for i in range(23) if i not in (4, 22)]
     with pytest.raises(ValueError, match="of something else .frames: 2 -> 4"):
         list(embed_set(model, loader, tmp_path / "set", description_of(model, loader, frames=4)))
 
@@ -117,10 +127,35 @@ def test_killed_at_any_moment_nothing_is_lost(ours, model, shards, tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "21 clips" in run.stdout and "{'not decodable': 2}" in run.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["clips"], summary["unreadable"], summary["batch"]) == (21, {"not decodable": 2}, 3)
     found = read_set(tmp_path)
     _, videos, keys, _ = embed_source(model, loader_of(model, shards))
     assert found.keys == keys and not list(tmp_path.glob(".*"))
     np.testing.assert_allclose(found.videos, videos, atol=1e-6)
+
+
+def test_speed_is_the_median_behind_the_start_up():
+    steady = [(50 + 0.25 * batch, 64 * (batch + 1)) for batch in range(41)]
+    marks = [(0.0, 0), *steady[:20], *((seconds + 9, done) for seconds, done in steady[20:])]  # a pause
+    assert speed(marks) == {"startup_seconds": 50.0, "clips_per_second": 256.0}
+    assert speed(marks[:1]) == {"startup_seconds": None, "clips_per_second": None}
+    assert speed(marks[:2]) == {"startup_seconds": 50.0, "clips_per_second": None}
+
+
+@pytest.mark.gpu
+def test_compiled_layers_take_batches_that_lost_clips(ours, shards):
+    model = miles_fast.load(ours, "cuda")
+    plain = list(
+        embedded_batches(model, loader_of(model, shards, device="cuda"), Quarantine(None), range(23))
+    )
+    model.compile_layers()
+    compiled = list(
+        embedded_batches(model, loader_of(model, shards, device="cuda"), Quarantine(None), range(23))
+    )
+    for (numbers, *_, videos, texts), found in zip(plain, compiled, strict=True):
+        assert numbers == found[0]
+        torch.testing.assert_close((videos, texts), found[2:], atol=1e-3, rtol=0)
 
 
 def test_search_finds_the_nearest_with_and_without_faiss(monkeypatch):

@@ -15,6 +15,7 @@ from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.export.report_charts import heat_over, line_chart, ticks
 from miles_fast.export.report_page import collect_gallery, read_actions, write_report
+from miles_fast.training.progress import read_log
 
 EVALUATION = {
     "text_to_video": {"r1": 0.25, "r5": 0.5, "r10": 0.75, "median_rank": 4.0, "mean_rank": 5.0},
@@ -51,8 +52,10 @@ def page(ours, data, tmp_path_factory):
     )
     gallery, looked = collect_gallery(model, loader, 10, 1)
     write_report(
-        run,
         run / "page.html",
+        name=run.name,
+        log=read_log(run),
+        config=json.loads((run / "config.json").read_text()),
         model=model,
         gallery=gallery,
         looked=looked,

@@ -14,7 +14,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny import ds_tree, tiny_tree, write_data
 
+from launch import embed, evaluate, report, search
 from miles_fast.config import parse_config
+from miles_fast.export.pretrained import read_pretrained
+from miles_fast.export.run import write_pretrained
 from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.models.storage import write_model
 from miles_fast.models.text_encoder import load_tokenizer
@@ -98,6 +101,71 @@ def test_finetune_a_model_and_evaluate_its_best_by_a_protocol(experiment, tmp_pa
     assert json.loads(result.read_text())["chance"] == {"top-1": 0.5}
 
 
+@pytest.fixture(scope="module")
+def elsewhere(experiment):
+    """The same model as a Hugging Face folder and as Frozen's .pth, which holds no tokenizer."""
+    tokenizer = experiment / "tokenizer"
+    model = build_dual_encoder(
+        parse_config(tiny_tree(experiment), "tiny").model, len(load_tokenizer(tokenizer))
+    )
+    write_model(experiment / "ours", model.state_dict(), model.config, model.vocabulary_size, str(tokenizer))
+    found = read_pretrained(experiment / "ours")
+    return [
+        write_pretrained(found, kind, experiment / name)[0]
+        for kind, name in (("hf", "hf"), ("frozen", "f.pth"))
+    ]
+
+
+def test_foreign_models_are_measured_embedded_searched_and_shown(experiment, elsewhere, monkeypatch, capsys):
+    def program(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    folder, file = elsewhere
+    shards = ("--shards", experiment / "heldout" / "*.tar")
+    tokenizer = ("--tokenizer", experiment / "tokenizer")
+    short = ("--frames", "2", "--caption-tokens", "8")
+    measured = [
+        program(evaluate, experiment / "ours", *shards, *short),
+        program(evaluate, folder, *shards, *short),
+        program(evaluate, file, *tokenizer, *shards, *short),
+    ]
+    assert "gallery 10" in measured[0] and measured[0] == measured[1] == measured[2]
+    index = experiment / "embedded"
+    shown = program(embed, file, *tokenizer, *shards, "--output", index, "--workers", "1")
+    assert "10 clips" in shown and "unreadable: none" in shown
+    answers = [
+        program(search, "a red dog moves", "--index", index, "--json", "--model", model, *more)
+        for model, more in ((file, tokenizer), (folder, ()))
+    ]
+    assert answers[0] == answers[1] and len(json.loads(answers[0])["clips"]) == 5
+    page = experiment / "page.html"
+    program(report, folder, *shards, "--output", page, "--maps", "1")
+    text = page.read_text()
+    assert "There is no log of a run" in text and "10 clips of gallery" in text and "image_size: 32" in text
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    with pytest.raises(ValueError, match="no log.jsonl there.*--output"):
+        report.main()
+
+
+def test_finetuning_starts_from_a_foreign_file(experiment, elsewhere, tmp_path):
+    tree = tiny_tree(experiment) | {"method": {"view": "none"}}
+    del tree["model"]
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(tree))
+    run = tmp_path / "run"
+    call(
+        *(sys.executable, "launch/finetune.py", "--ds_config", str(experiment / "ds.json")),
+        *("--config", str(tmp_path / "finetune.yaml"), "--model", str(elsewhere[1])),
+        *("--tokenizer", str(experiment / "tokenizer"), f"run.folder={run}", "run.steps=1"),
+        *("run.freeze=[text_model,video_model]", "model.attention=sdpa"),
+    )
+    before, after = read_pretrained(experiment / "ours"), read_pretrained(run)
+    changed = {name for name, t in before.weights.items() if not torch.equal(t, after.weights[name])}
+    assert {name.rsplit(".", 1)[0] for name in changed} == {"vid_proj.0", "text_proj.1"}
+    assert read_pretrained(tmp_path / "run.start").config.video == before.config.video
+
+
 def grey_video():
     import av
 
@@ -125,7 +193,7 @@ def grey_video():
         (("launch/export.py", "no.pth", "--output", "x", "--from", "official"), "no.pth: no such file"),
         (("launch/embed.py", "nowhere", "--shards", "x", "--output", "y"), "nowhere: no checkpoint there"),
         (("launch/search.py", "a dog", "--index", "nowhere"), "nowhere/set.json: cannot be read"),
-        (("launch/report.py", "nowhere"), "nowhere: no config.json there"),
+        (("launch/report.py", "nowhere"), "nowhere: no log.jsonl there"),
         (("launch/evaluate.py", "nowhere", "--shards", "x"), "nowhere: no checkpoint there"),
         (("launch/prepare.py", "nowhere-*.tar", "--output", "x"), "nowhere-*.tar"),
     ],
