@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
 from collections.abc import Generator
 
 import torch
@@ -36,9 +38,10 @@ class EnergyMeter:
     def deal(self, loader: Loader, first_step: int) -> Generator[Batch, None, None]:
         """The loader's batches."""
         start = None
-        for number, batch in enumerate(loader.batches(first_step)):
-            if number == self._warmup:
-                start = joules()
-            if number == self._last and start is not None:
-                self.joules_per_batch = (joules() - start) / (number - self._warmup)
-            yield batch
+        with contextlib.closing(loader.batches(first_step)) as batches:
+            for number in itertools.count():
+                if number == self._warmup:
+                    start = joules()
+                if number == self._last and start is not None:
+                    self.joules_per_batch = (joules() - start) / (number - self._warmup)
+                yield next(batches)  # held here, a batch would be freed while the next one is waited for

@@ -23,14 +23,6 @@ class VideoTextEncoder(DualEncoder):
     that of the computation: `.bfloat16()` for speed on a GPU.
     """
 
-    def compile_layers(self) -> None:
-        """Have the layers of both towers compiled when they first run: worth it for thousands of clips.
-
-        Each number of clips or tokens is compiled anew. A layer at a time: they share one compilation.
-        """
-        for layer in [*self.video_model.blocks, *self.text_model.transformer.layer]:
-            layer.compile(dynamic=False)
-
     @torch.inference_mode()
     def encode_video(self, videos: Videos, num_frames: int | None = None, batch: int = 16) -> Tensor:
         """Clips in the shared space, (B, E); `num_frames` are taken of each file (default: the model's own).

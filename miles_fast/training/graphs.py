@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from miles_fast.data.batches import Batch
+from miles_fast.config import Config
+from miles_fast.data.augmentation import pixel_dtype
+from miles_fast.distributed import rank
+from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.objective import Objective
 from miles_fast.training.snapshot import Snapshot
 
@@ -19,11 +22,24 @@ class _Encode(nn.Module):
         return self.objective.encode(*inputs)
 
 
-def capture_passes(objective: Objective, snapshot: Snapshot | None, sample: Batch) -> None:
+def sample_inputs(config: Config, batch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Tensors like those that the loader gives of a batch: pixels, token ids, attention, and any masks."""
+    size = config.model.video.image_size
+    shape = (batch, config.data.frames_per_clip, 3, size, size)
+    video_BTCHW = torch.zeros(shape, dtype=pixel_dtype(device), device=device)
+    token_ids_BL = torch.zeros(batch, config.data.caption_tokens, dtype=torch.long, device=device)
+    inputs = (video_BTCHW, token_ids_BL, torch.ones_like(token_ids_BL))
+    if config.method.view == "none":
+        return inputs
+    return *inputs, torch.from_numpy(draw_step_masks(config, batch, rank(), 0)).to(device)
+
+
+def capture_passes(objective: Objective, snapshot: Snapshot | None, inputs: tuple[Tensor, ...]) -> None:
     """Replace `Objective.encode` and `Snapshot.encode` by graphs of them and of the former's backward.
 
-    They take batches of the sample's shapes only. Weights may change, but not move: ZeRO 0 to 2. What the
-    graphs hand out is overwritten by the next micro step. The contrast and all communication stay outside.
+    They take inputs of these shapes only (`sample_inputs`). Weights may change, but not move: ZeRO 0 to 2.
+    What the graphs hand out is overwritten by the next micro step. The contrast and all communication stay
+    outside.
     Random numbers go on as if nothing had been captured; must be called before other threads use the device.
     """
     module = _Encode(objective.train())
@@ -36,13 +52,14 @@ def capture_passes(objective: Objective, snapshot: Snapshot | None, sample: Batc
         inputs, given = tensors[: -len(leaves)], tensors[-len(leaves) :]
         return torch.func.functional_call(module, dict(zip(weights, given, strict=True)), inputs)
 
-    inputs = [sample.video_BTCHW, sample.token_ids_BL, sample.attention_BL]
-    with torch.random.fork_rng(devices=[sample.video_BTCHW.device]):
+    with torch.random.fork_rng(devices=[inputs[0].device]):
         if snapshot is not None:
-            targets = (sample.video_BTCHW, sample.masked_BM)
-            inputs += [sample.masked_BM, snapshot.encode(*targets)]
+            video_BTCHW, *_, masked_BM = inputs
+            targets = (video_BTCHW, masked_BM)
             snapshot.encode, graphed = torch.cuda.make_graphed_callables(
-                (snapshot.encode, encode), (targets, (*inputs, *leaves)), allow_unused_input=True
+                (snapshot.encode, encode),
+                (targets, (*inputs, snapshot.encode(*targets), *leaves)),
+                allow_unused_input=True,
             )
         else:
             graphed = torch.cuda.make_graphed_callables(encode, (*inputs, *leaves), allow_unused_input=True)

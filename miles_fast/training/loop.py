@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._functorch import config as partitioning
 
 from miles_fast.config import Config, to_dict
-from miles_fast.data.augmentation import pixel_dtype
 from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
@@ -29,7 +28,7 @@ from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import find_checkpoint, model_folder, read_state, restore_checkpoint
 from miles_fast.training.early_stopping import EarlyStopping, Verdict
 from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
-from miles_fast.training.graphs import capture_passes
+from miles_fast.training.graphs import capture_passes, sample_inputs
 from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.memory_report import OutOfMemory, memory_report
 from miles_fast.training.meter import Meter
@@ -113,7 +112,7 @@ def pretrain(
     )
     if config.run.cuda_graphs:
         if device.type == "cuda":
-            capture_passes(objective, snapshot, _sample_batch(config, settings.batch, device))
+            capture_passes(objective, snapshot, sample_inputs(config, settings.batch, device))
         else:
             note_once("run.cuda_graphs: without a GPU the passes run one operator at a time")
     if state.get("clips_per_step", share.global_batch) != share.global_batch:
@@ -164,40 +163,19 @@ def pretrain(
         log.close()
 
 
-def _sample_batch(config: Config, batch: int, device: torch.device) -> Batch:
-    """A batch of the shapes and types that the loader will give."""
-    size = config.model.video.image_size
-    tokens = torch.zeros(batch, config.data.caption_tokens, dtype=torch.long, device=device)
-    masked = None
-    if config.method.view != "none":
-        masked = torch.from_numpy(draw_step_masks(config, batch, rank(), 0)).to(device)
-    return Batch(
-        video_BTCHW=torch.zeros(
-            *(batch, config.data.frames_per_clip, 3, size, size), dtype=pixel_dtype(device), device=device
-        ),
-        token_ids_BL=tokens,
-        attention_BL=torch.ones_like(tokens),
-        masked_BM=masked,
-        keys=(),
-    )
-
-
 def compile_passes(objective: Objective, snapshot: Snapshot | None, memory_budget: float) -> None:
-    """Have embeddings and layers of both towers, and of the snapshot's, compiled when they first run.
+    """Have what a step runs of both towers, the snapshot and the predictor compiled when it first runs.
 
-    A layer at a time: all share one compilation. A whole tower takes four times as long to compile. What
-    `memory_budget` means: RunConfig.activation_memory_budget.
+    What `memory_budget` means: RunConfig.activation_memory_budget.
     """
     partitioning.activation_memory_budget = memory_budget
-    towers = [objective.model.video_model, *([snapshot.video_model] if snapshot else [])]
-    for tower in towers:
-        tower.embed = torch.compile(tower.embed, dynamic=False)
-    objective.statistics = torch.compile(objective.statistics, dynamic=False)
+    objective.model.compile_layers()
+    if snapshot is not None:
+        snapshot.video_model.compile_layers()
     if objective.method.view == "D":
-        towers.append(objective.predictor)
-    layers = [*(block for tower in towers for block in tower.blocks)]
-    for layer in [*layers, *objective.model.text_model.transformer.layer]:
-        layer.compile(dynamic=False)
+        for block in objective.predictor.blocks:
+            block.compile(dynamic=False)
+    objective.statistics = torch.compile(objective.statistics, dynamic=False)
 
 
 def _train(t: Training, step: int) -> None:

@@ -9,6 +9,7 @@ from tiny import ds_tree, tiny_config, write_data
 
 from miles_fast.config import ConfigError
 from miles_fast.training.engine import check_ds_config
+from miles_fast.training.graphs import sample_inputs
 from miles_fast.training.loop import pretrain
 from miles_fast.training.progress import read_log
 
@@ -82,6 +83,25 @@ def test_the_host_waits_for_the_gpu_in_deepspeeds_norm_only(root):
     steady = [w for w in caught[seen[4] : seen[8]] if "synchronizing CUDA operation" in str(w.message)]
     places = {"/".join(Path(w.filename).parts[-3:]) + f":{w.lineno}" for w in steady}
     assert steady and all("deepspeed" in w.filename for w in steady), places
+
+
+@pytest.mark.parametrize("view", ["A", "none"])
+def test_graphs_are_captured_of_what_the_loader_gives(root, view):
+    dealt = []
+
+    def deal(loader, first_step):
+        for batch in loader.batches(first_step):
+            dealt.append(batch)
+            yield batch
+
+    config = tiny_config(root, run={"folder": str(root / "shapes"), "steps": 1}, method={"view": view})
+    settings = check_ds_config(ds_tree(), "ds", config, cuda=False, ranks=1)
+    pretrain(config, settings, deal=deal)
+    batch = dealt[0]
+    given = [batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM]
+    samples = sample_inputs(config, settings.batch, batch.video_BTCHW.device)
+    described = [[(t.shape, t.dtype) for t in tensors if t is not None] for tensors in (given, samples)]
+    assert described[0] == described[1] and len(samples) == (3 if view == "none" else 4)
 
 
 @pytest.mark.gpu
