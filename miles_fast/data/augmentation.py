@@ -26,6 +26,9 @@ from miles_fast.distributed import note_once
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+# Batches decoded at a time. nvJPEG launches a kernel for every image, and each waits for what the training step
+# has running: at 128 clips of 4 frames two chains of 512 such kernels took as long as two steps.
+IN_FLIGHT = 3
 
 
 class HardwareDecodeError(RuntimeError):
@@ -33,7 +36,7 @@ class HardwareDecodeError(RuntimeError):
 
 
 class Augmentation(Protocol):
-    """Takes batches in (`submit`, two at most) and hands tensors out in the same order (`collect`)."""
+    """Takes batches in (`submit`, at most IN_FLIGHT) and hands tensors out in the same order (`collect`)."""
 
     def submit(self, clips: Sequence[Frames], views: Sequence[View]) -> None:
         """Queue a batch: the frames of each clip, equally many, and its view; they are copied."""
@@ -150,15 +153,15 @@ class _Graph:
 
 
 class _Graphs:
-    """Two pipelines of one graph, so that one decodes while the other is fed."""
+    """IN_FLIGHT pipelines of one graph: while one is fed, the others decode."""
 
     def __init__(self, define: Any, batch: int, device: torch.device, threads: int) -> None:
         self._build = partial(_Graph, define, batch, device, threads)
-        self._free: deque[_Graph | None] = deque([None, None])
+        self._free: deque[_Graph | None] = deque([None] * IN_FLIGHT)
         self._busy: deque[_Graph] = deque()
 
     def run(self, views: Sequence[View], repeats: int, **arrays: list[np.ndarray]) -> None:
-        """As `_Graph.run`; at most two batches may be on their way."""
+        """As `_Graph.run`; at most IN_FLIGHT batches may be on their way."""
         graph = self._free.popleft() or self._build()
         graph.run(views, repeats, **arrays)
         self._busy.append(graph)

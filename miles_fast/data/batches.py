@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from miles_fast.config import DataConfig
-from miles_fast.data.augmentation import Augmentation, HardwareDecodeError, build_augmentation
+from miles_fast.data.augmentation import IN_FLIGHT, Augmentation, HardwareDecodeError, build_augmentation
 from miles_fast.data.clips import BadSample, Clip, Input
 from miles_fast.data.shards import ShardError
 from miles_fast.distributed import logger
@@ -90,14 +90,15 @@ class Decoding:
 
 
 class BatchFinisher:
-    """Clips to device tensors; two batches are decoded while the next is read, one graph a kind of input."""
+    """Clips to device tensors; IN_FLIGHT batches are decoded while the next is read."""
 
     def __init__(self, data: DataConfig, image_size: int, batch: int, device: torch.device) -> None:
         self._data, self._image_size = data, image_size
         self._batch, self._device = batch, device
         self._graphs: dict[Input, Augmentation] = {}
         self._pending: deque[Decoding] = deque()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Its short copies go first: the batch is complete only behind them.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def submit(
         self,
@@ -106,11 +107,11 @@ class BatchFinisher:
         masks: np.ndarray | None,
         read_again: Callable[[], Sequence[Clip]],
     ) -> Iterator[Batch]:
-        """Queue one batch and yield the one two before it.
+        """Queue one batch and yield the one IN_FLIGHT before it.
 
         `read_again` gives the clips anew, decoded on the CPU: it is called when NVDEC fails.
         """
-        if len(self._pending) == 2:
+        if len(self._pending) == IN_FLIGHT:
             yield from self._finish_oldest()
         self._graph(takes).submit([clip.frames for clip in clips], [clip.view for clip in clips])
         self._pending.append(
