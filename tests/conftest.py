@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-# The tests' models are tiny: on two cores a second thread costs a third more time, here and in what is started.
+# The tests' models are tiny: on two cores a second thread took them a third longer, and what they start, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from miles_fast.data.clip_sources import Clip
+from miles_fast.data.clip_sources import SourceClip
 from miles_fast.data.sampling import segment_frames, timed_frames
 from miles_fast.data.shards import SampleError
 from miles_fast.data.videos import ByTime, ClipInfo, read_frames
@@ -29,7 +29,7 @@ class FrameOptions(Protocol):
     allow_hdr: bool
 
 
-def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]:
+def encode_clip(key: str, clip: SourceClip, options: FrameOptions) -> dict[str, bytes]:
     """Members by extension: 00.jpg ..., txt (the first caption) and json. Raises SampleError.
 
     Frames are the ones shown at the middle of equal segments of the clip's time: `frames` segments, or with
@@ -79,7 +79,7 @@ def encode_clip(key: str, clip: Clip, options: FrameOptions) -> dict[str, bytes]
     return {f"{number:0{digits}d}.jpg": jpeg for number, jpeg in enumerate(jpegs)} | clip.texts(record)
 
 
-def _pictures(clip: Clip, choose: Callable[[int], np.ndarray]) -> tuple[list[Image.Image], ClipInfo]:
+def _pictures(clip: SourceClip, choose: Callable[[int], np.ndarray]) -> tuple[list[Image.Image], ClipInfo]:
     """The chosen ones of a clip that comes as pictures; they carry no times."""
     frames = [_open(clip.pictures[index], clip.name) for index in choose(len(clip.pictures))]
     info = ClipInfo(

@@ -19,7 +19,7 @@ _MAX_KEY_BYTES = 80
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
+class SourceClip:
     """One clip to prepare: the bytes or path of its video, or its pictures, and what is said of it.
 
     `crop` (width, height) is what a remuxed video shows of its frames.
@@ -93,7 +93,7 @@ class TarSource:
         """What the plan must know of the input beside the samples' keys and identities."""
         return [[path.name, path.stat().st_size] for path in self.shards.paths]
 
-    def load(self, sample: int) -> Clip:
+    def load(self, sample: int) -> SourceClip:
         found = self.shards[sample]
         video, pictures, crop, record = None, (), None, found.record()
         captions = tuple(found.captions(every=True, record=record))
@@ -102,7 +102,7 @@ class TarSource:
         else:
             pictures = tuple(found.read(extension) for extension in found.frame_extensions())
         source = {"shard": found.shard.name}
-        return Clip(
+        return SourceClip(
             video=video, pictures=pictures, captions=captions, source=source, name=found.key, crop=crop
         )
 
@@ -142,7 +142,7 @@ class FolderSource:
         said = json.dumps([clip.captions for clip in self.clips])
         return [hashlib.sha256(said.encode()).hexdigest()]
 
-    def load(self, sample: int) -> Clip:
+    def load(self, sample: int) -> SourceClip:
         clip = self.clips[sample]
         if clip.file is None:
             raise SampleError(f"{self.folder}: {clip.name!r}: {clip.problem}", clip.problem)
@@ -152,7 +152,7 @@ class FolderSource:
             raise SampleError(f"{self.folder / clip.file}: {cause} in the caption file", cause)
         path = self.folder / clip.file
         image = path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
-        return Clip(
+        return SourceClip(
             video=None if image else path,
             pictures=(path,) if image else (),
             captions=captions,

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from miles_fast.data.clip_sources import Clip
+from miles_fast.data.clip_sources import SourceClip
 from miles_fast.data.decoding import decode, decode_in_order, opened, stream_and_track
 from miles_fast.data.frame_pixels import quarter_turns, upright_rgb
 from miles_fast.data.sampling import timed_frames
@@ -56,7 +56,7 @@ class _Video:
     source: dict
 
 
-def encode_video(key: str, clip: Clip, options: VideoOptions) -> dict[str, bytes]:
+def encode_video(key: str, clip: SourceClip, options: VideoOptions) -> dict[str, bytes]:
     """Members by extension: mp4, txt (the first caption) and json with the video's checksum.
 
     layout `remux` keeps the compressed frames of H.264 and HEVC and drops the cropping from their headers;
@@ -82,7 +82,7 @@ def encode_video(key: str, clip: Clip, options: VideoOptions) -> dict[str, bytes
     return {"mp4": made.data, **clip.texts(record)}
 
 
-def _remux(clip: Clip) -> _Video:
+def _remux(clip: SourceClip) -> _Video:
     import av
 
     name = clip.name
@@ -177,7 +177,7 @@ def _planes(frame) -> list[np.ndarray]:
     ]
 
 
-def _transcode(clip: Clip, options: VideoOptions) -> _Video:
+def _transcode(clip: SourceClip, options: VideoOptions) -> _Video:
     import av
 
     name = clip.name

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from miles_fast.data import clip_videos
-from miles_fast.data.clip_sources import Clip
+from miles_fast.data.clip_sources import SourceClip
 from miles_fast.data.clips import ClipDraw, read_clip
 from miles_fast.data.preparation import PreparationError, PreparationOptions, prepare
 from miles_fast.data.sampling import View
@@ -26,7 +26,7 @@ def everything(count: int) -> np.ndarray:
 
 
 def made(source: bytes | Path, layout: str, **options) -> tuple[bytes, dict]:
-    clip = Clip(video=source, pictures=(), captions=("said",), source={}, name="k")
+    clip = SourceClip(video=source, pictures=(), captions=("said",), source={}, name="k")
     members = clip_videos.encode_video("k", clip, PreparationOptions(layout=layout, **options))
     assert list(members) == ["mp4", "txt", "json"] and members["txt"] == b"said"
     record = json.loads(members["json"])
@@ -84,7 +84,7 @@ def test_what_cannot_be_remuxed_is_refused_by_cause(encode_video, real_clips):
     assert cause(encode_video(LEVELS, times=list(range(-6, 18)), gop=4), "remux") == "hidden frames"
     edge = real_clips / "edge"
     assert cause(edge / "decord_video_90.mov", "remux") == "rotated"
-    picture = Clip(video=None, pictures=(b"",), captions=("x",), source={}, name="k")
+    picture = SourceClip(video=None, pictures=(b"",), captions=("x",), source={}, name="k")
     with pytest.raises(SampleError, match="prepare it as frames"):
         clip_videos.encode_video("k", picture, PreparationOptions(layout="remux"))
 

@@ -21,6 +21,7 @@ from miles_fast.kernels import (  # noqa: E402
     cls_row,
     feature_regression,
     space_attention,
+    space_attention_kernels,
     temporal_attention,
     token_gather,
     token_index,
@@ -190,7 +191,7 @@ def _space_attention_compilations():
         ("key_gradient", space_attention.LAUNCH_BACKWARD_KEY, {"d_out_ptr": half, "d_qkv_ptr": half}, 200),
     ):
         block_q, block_k, num_warps, stages, maxnreg = table[256, S]
-        kernel = getattr(space_attention, f"_{name}_kernel")
+        kernel = getattr(space_attention_kernels, f"{name}_kernel")
         floats = (arg for arg in kernel.arg_names if arg.startswith(("lse", "row_starts", "cls", "bias")))
         yield (
             f"space-{name}",
