@@ -155,6 +155,15 @@ def test_a_gpu_compiles_what_is_around_it():
 
 
 @pytest.mark.gpu
+def test_a_gpus_compiled_cast_passes_on_what_is_not_finite():
+    x, weight, bias = (tensor.detach() for tensor in leaves(768, 48, rows=(6,)))
+    x[0], x[1, 3], x[2, 5], x[3, 7] = 0, float("inf"), float("nan"), -float("inf")
+    out = torch.compile(fp8_linear, fullgraph=True)(x, weight, bias)
+    assert torch.equal(out[0], bias)
+    assert out[1:4].isfinite().sum() == 0 and out[4:].isfinite().all()
+
+
+@pytest.mark.gpu
 def test_a_gpu_takes_bf16_only():
     with pytest.raises(ValueError, match="bfloat16 on a GPU, got torch.float32"):
         fp8_linear(*leaves(16, 16, dtype=torch.float32))

@@ -97,7 +97,8 @@ def test_the_loss_falls(root, tmp_path):
 
 
 def test_zero_3_gathers_the_weights_that_fp8_reads(root, trained, tmp_path):
-    assert train(configured(root, tmp_path / "three"), stage=3) == pytest.approx(trained[0], rel=1e-4)
+    near = 1e-2 if CUDA else 1e-4  # in bf16 the stages round sums of gradients differently
+    assert train(configured(root, tmp_path / "three"), stage=3) == pytest.approx(trained[0], rel=near)
 
 
 def test_view_d_and_its_predictor(root, tmp_path):
