@@ -9,6 +9,7 @@ import torch
 
 from miles_fast.config import Config
 from miles_fast.models.flops import peak_flops, video_flops
+from miles_fast.models.fp8 import use_fp8
 from miles_fast.models.video_encoder import SpaceTimeTransformer
 
 WARMUP = 3
@@ -29,13 +30,14 @@ class EncoderRow:
 def measure_encoder(config: Config, batch: int, passes: int, device: torch.device) -> list[EncoderRow]:
     """The encoder as configured, eager with SDPA, and as published (bf16, fp32), in the same run."""
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    run = config.run
     ways = [
-        ("as configured", config.model.attention, half, config.run.compile),
-        ("eager, SDPA", "sdpa", half, False),
+        ("as configured", config.model.attention, half, run.compile, run.precision == "fp8"),
+        ("eager, SDPA", "sdpa", half, False, False),
     ]
     if half is torch.bfloat16:
-        ways.append(("as published, bf16", "eager", half, False))
-    ways.append(("as published, fp32", "eager", torch.float32, False))
+        ways.append(("as published, bf16", "eager", half, False, False))
+    ways.append(("as published, fp32", "eager", torch.float32, False, False))
     return [_measure(config, batch, passes, device, *way) for way in ways]
 
 
@@ -48,10 +50,13 @@ def _measure(
     attention: str,
     dtype: torch.dtype,
     compiled: bool,
+    fp8: bool,
 ) -> EncoderRow:
     torch.manual_seed(0)
     frames, size = config.data.frames_per_clip, config.model.video.image_size
     encoder = SpaceTimeTransformer(config.model.video, attention).to(device=device, dtype=dtype)
+    if fp8:
+        use_fp8(encoder, device)
     if compiled:
         for block in encoder.blocks:
             block.compile(dynamic=False)

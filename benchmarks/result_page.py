@@ -43,9 +43,13 @@ def write_page(path: Path, head: dict[str, Any], figures: dict[str, Any]) -> Non
                 parts.append(_bars("Share of the GPU's peak in model FLOPs, %", shares, full=100))
     if "parts" in figures:
         parts.append(_bars("GPU time of a step by part, ms", list(figures["parts"].items())))
-    if "curves" in figures:
-        lines = {name: list(enumerate(losses, 1)) for name, losses in figures["curves"].items()}
-        parts.append(line_chart(lines, unit="nats", title="Loss, same seed and data"))
+    for title, curves in (
+        ("Loss, same seed and data", figures.get("curves")),
+        ("Loss in bf16, with another seed, and in fp8", figures.get("fp8", {}).get("losses")),
+    ):
+        if curves:
+            lines = {name: list(enumerate(losses, 1)) for name, losses in curves.items()}
+            parts.append(line_chart(lines, unit="nats", title=title))
     for name, title in (("loader", "Loader"), ("decoders", "Decoders"), ("spoiled", "Spoiled shards")):
         rows = [
             (key.replace("_", " "), value)

@@ -1,12 +1,12 @@
 """Throughput of one machine, as tables: the encoder, whole training steps, the loader, or all three.
 
 python benchmarks/throughput.py model   the video encoder, forward and backward
-python benchmarks/throughput.py step    whole steps fed by the loader; [--ablate | --alone | --profile N]
+python benchmarks/throughput.py step    whole steps; [--ablate | --alone | --fp8 | --profile N]
 python benchmarks/throughput.py loader  the loader and its stages; [--videos TAR ...]
 python benchmarks/throughput.py all     the three of them; [--report PAGE.html]
 python benchmarks/throughput.py doctor  what holds a run back, and what removes it
 python benchmarks/throughput.py decoders --videos TAR ...   the loader by layout and decoder
-python benchmarks/throughput.py curves                      the loss as configured and as published
+python benchmarks/throughput.py curves                      the loss as configured and as published; [--fp8]
 python benchmarks/throughput.py spoiled                     the loader where samples are unusable
 python benchmarks/throughput.py scaling [--gpus 1 2]        whole runs on so many GPUs of this host
 
@@ -60,8 +60,12 @@ def time_step(config: Config, settings: EngineSettings, options: argparse.Namesp
     """Rows of whole steps: real training runs, their checkpoint included."""
     init_process_group()
     chosen = [variants.CONFIGURED]
-    if not options.alone:
-        chosen += variants.ABLATIONS if options.ablate else variants.BASELINES
+    if options.ablate:
+        chosen += variants.ablations(options.config, options.overrides)
+    elif options.fp8:
+        chosen = [variants.BF16, variants.FP8]
+    elif not options.alone:
+        chosen += variants.BASELINES
     tree = json.loads(Path(options.ds_config).read_text())
     rows = variants.measure_variants(
         chosen, options.config, options.overrides, tree, options.batches + WARMUP
@@ -97,6 +101,18 @@ def compare_curves(config: Config, settings: EngineSettings, options: argparse.N
     found = curves.measure_curves(options.config, options.overrides, tree, options.batches)
     print(curves.table(found))
     return found
+
+
+def compare_fp8(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """The loss of `--batches` steps in bf16, in bf16 with another seed, and in fp8, and their distances."""
+    init_process_group()
+    tree = json.loads(Path(options.ds_config).read_text())
+    chosen = curves.fp8_and_seeds(options.config, options.overrides)
+    found = curves.measure_curves(options.config, options.overrides, tree, options.batches, chosen)
+    distances = curves.spread(found)
+    print(curves.table(found))
+    print(curves.verdict(distances))
+    return {"losses": found, **asdict(distances), "within": distances.within}
 
 
 def time_loader(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
@@ -183,6 +199,11 @@ def main() -> None:
     beside.add_argument("--alone", action="store_true", help="step: nothing beside it")
     beside.add_argument("--ablate", action="store_true", help="step: each optimisation switched off in turn")
     beside.add_argument(
+        "--fp8",
+        action="store_true",
+        help="step, curves: the linear layers in bf16 and fp8; curves: and in bf16 with another seed",
+    )
+    beside.add_argument(
         "--profile", type=int, default=0, metavar="STEPS", help="step: what the last STEPS consist of instead"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -199,8 +220,12 @@ def main() -> None:
     print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}")
     figures = {}
     for name in ("model", "step", "loader") if options.what == "all" else (options.what,):
-        run = profile_step if name == "step" and options.profile else PROGRAMS[name]
-        figures["parts" if run is profile_step else name] = run(config, settings, options)
+        key, run = name, PROGRAMS[name]
+        if name == "step" and options.profile:
+            key, run = "parts", profile_step
+        elif name == "curves" and options.fp8:
+            key, run = "fp8", compare_fp8
+        figures[key] = run(config, settings, options)
     if options.json:
         options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n")
     if options.report:

@@ -33,7 +33,12 @@ class Variant:
     plain_ops: bool = False
 
 
-_EAGER = ("run.compile=false", "run.cuda_graphs=false", "run.activation_memory_budget=1")
+_EAGER = (
+    "run.compile=false",
+    "run.cuda_graphs=false",
+    "run.activation_memory_budget=1",
+    "run.precision=null",
+)
 CONFIGURED = Variant(name="as configured")
 BASELINES = (
     Variant(name="eager, SDPA", overrides=(*_EAGER, "model.attention=sdpa"), plain_ops=True),
@@ -45,8 +50,11 @@ BASELINES = (
         plain_ops=True,
     ),
 )
+BF16 = Variant(name="bf16 linear layers", overrides=("run.precision=null",))
+FP8 = Variant(name="fp8 linear layers", overrides=("run.precision=fp8",))
 ABLATIONS = (
     Variant(name="no torch.compile", overrides=("run.compile=false", "run.activation_memory_budget=1")),
+    BF16,
     Variant(name="no CUDA graphs", overrides=("run.cuda_graphs=false",)),
     Variant(name="SDPA for the attention ops", overrides=("model.attention=sdpa",)),
     Variant(name="plain gather and regression", plain_ops=True),
@@ -54,6 +62,16 @@ ABLATIONS = (
     Variant(name="gradients summed in DeepSpeed's default dtype", ds={"data_types": {}}),
     Variant(name="one reading process", overrides=("data.decode_workers=1",)),
 )
+
+
+def ablations(config_file: str, overrides: Sequence[str]) -> list[Variant]:
+    """Those of ABLATIONS that change something of this config."""
+    configured = load_config(config_file, overrides)
+    return [
+        one
+        for one in ABLATIONS
+        if one.plain_ops or one.ds or load_config(config_file, [*overrides, *one.overrides]) != configured
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

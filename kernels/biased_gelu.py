@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from miles_fast.kernels.dispatch import jit, runs_triton, tl, triton
+from miles_fast.kernels.fp8_linear import fp8_linear
 
 # D rounded up to a power of two -> (rows per step, steps, columns, warps) of a program.
 # Measured on an H100 at 64 clips of 785 tokens, bf16, `python benchmarks/micro.py --op biased_gelu --sweep`.
@@ -70,7 +71,7 @@ def _gelu_gradient_kernel(
 
 
 # Opaque custom ops rather than triton_op: `wrap_triton` refuses interpreted kernels, and on either side is a
-# matrix product, with which the compiler fuses nothing.
+# matrix product, with which the compiler fuses nothing (but a cast to fp8 in front of one: `fusible`).
 @torch.library.custom_op(
     "miles_fast::biased_gelu", mutates_args=(), schema="(Tensor hidden, Tensor bias_D) -> Tensor"
 )
@@ -134,11 +135,23 @@ def _backward(ctx, d_out):
 _biased_gelu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def biased_gelu(hidden: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:
+class _FusibleGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, bias_D):
+        _save_for_backward(ctx, (hidden, bias_D), None)
+        return F.gelu(hidden)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return _backward(ctx, d_out)
+
+
+def biased_gelu(hidden: torch.Tensor, bias_D: torch.Tensor, *, fusible: bool = False) -> torch.Tensor:
     """Exact GELU of (..., D), whose gradient reaches `hidden` and, summed over all rows, `bias_D`.
 
     Triton for float32, bfloat16 and float16 on CUDA tensors (or under TRITON_INTERPRET=1), else the
-    reference. Tensors that are not contiguous are copied once.
+    reference. Tensors that are not contiguous are copied once. `fusible`: the forward pass is torch's, which
+    the compiler joins with what reads the output.
 
     Raises:
         ValueError: hidden is not floating-point, or the bias is not (D,).
@@ -149,12 +162,18 @@ def biased_gelu(hidden: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:
             f"{tuple(hidden.shape)} and {tuple(bias_D.shape)}"
         )
     if runs_triton(hidden):
-        return _biased_gelu(hidden, bias_D)
+        return _FusibleGelu.apply(hidden, bias_D) if fusible else _biased_gelu(hidden, bias_D)
     return biased_gelu_reference(hidden, bias_D)
 
 
-def linear_gelu(x: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:
-    """gelu(x weight^T + bias), (..., K) to (..., D): the exact GELU of a linear layer; Triton on a GPU."""
+def linear_gelu(
+    x: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor, *, fp8: bool = False
+) -> torch.Tensor:
+    """gelu(x weight^T + bias), (..., K) to (..., D): the exact GELU of a linear layer; Triton on a GPU.
+
+    With `fp8` the product is `fp8_linear`'s, and the GELU one that the compiler joins with a cast to fp8.
+    """
+    linear = fp8_linear if fp8 else F.linear
     if x.is_cuda and runs_triton(x):
-        return biased_gelu(F.linear(x, weight_DK, bias_D.detach()), bias_D)
-    return F.gelu(F.linear(x, weight_DK, bias_D))
+        return biased_gelu(linear(x, weight_DK, bias_D.detach()), bias_D, fusible=fp8)
+    return F.gelu(linear(x, weight_DK, bias_D))

@@ -249,6 +249,10 @@ class RunConfig:
     `compile` has torch.compile fuse what lies between matrix products; `cuda_graphs` has a GPU launch the
     passes of a step as a whole (ZeRO 0 to 2). `activation_memory_budget`, with `compile`, is the share of
     what backward needs that is kept; the rest, cheapest first, is computed again.
+
+    `precision: fp8` (with DeepSpeed's bf16 on a GPU; H100 or later) rounds what the video blocks' qkv and MLP
+    layers multiply, in the student's and the snapshot's forward passes; backward, weights and files stay as
+    they are. Unset, all is as DeepSpeed's json says.
     """
 
     folder: str
@@ -270,6 +274,7 @@ class RunConfig:
     freeze: list[str] = Field(default_factory=list)
     compile: bool = False
     cuda_graphs: bool = False
+    precision: Literal["fp8"] | None = None
     activation_memory_budget: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
 
 
@@ -291,11 +296,28 @@ class Config:
             raise ValueError(
                 f"run.activation_memory_budget = {self.run.activation_memory_budget} needs run.compile: true"
             )
+        if self.run.precision == "fp8":
+            self._require_multiples_of_16()
         if self.data.caption_tokens > self.model.text.max_positions:
             raise ValueError(
                 f"data.caption_tokens {self.data.caption_tokens} exceeds model.text.max_positions "
                 f"{self.model.text.max_positions}"
             )
+
+    def _require_multiples_of_16(self) -> None:
+        video = self.model.video
+        sizes = {
+            "model.video.width": video.width,
+            "model.video.width * mlp_ratio": int(video.width * video.mlp_ratio),
+        }
+        if self.method.view == "D":
+            sizes["method.predictor.width"] = self.method.predictor.width
+        for key, size in sizes.items():
+            if size % 16:
+                raise ValueError(
+                    f"{key} = {size}: run.precision = fp8 takes multiples of 16; change it, or take "
+                    "run.precision out"
+                )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -58,5 +58,5 @@ def training_flops(config: ModelConfig, method: MethodConfig, num_frames: int, c
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU in FLOP/s; None where it is not known."""
+    """Dense bf16 peak of a GPU in FLOP/s, what fp8 is measured against too; None where it is not known."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

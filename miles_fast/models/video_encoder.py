@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from miles_fast.config import VideoEncoderConfig
 from miles_fast.kernels.biased_gelu import linear_gelu
+from miles_fast.kernels.fp8_linear import fp8_linear
 from miles_fast.kernels.token_gather import token_gather
 from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
 
@@ -22,13 +23,17 @@ class DividedAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, axis: Axis, backend: str) -> None:
         super().__init__()
-        self.heads, self.axis, self.backend = heads, axis, backend
+        self.heads, self.axis, self.backend, self.fp8 = heads, axis, backend, False
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, num_frames: int, rows_BM: Tensor | None = None) -> Tensor:
         bias = self.qkv.bias if takes_bias(x_BND, self.backend) else None
-        qkv_BND = self.qkv(x_BND) if bias is None else F.linear(x_BND, self.qkv.weight, bias.detach())
+        if self.fp8 or bias is not None:
+            linear = fp8_linear if self.fp8 else F.linear
+            qkv_BND = linear(x_BND, self.qkv.weight, self.qkv.bias if bias is None else bias.detach())
+        else:
+            qkv_BND = self.qkv(x_BND)
         qkv_BN3HS = qkv_BND.unflatten(-1, (3, self.heads, -1))
         attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend, bias)
         return self.proj(attended_BND if rows_BM is None else token_gather(attended_BND, rows_BM))
@@ -41,9 +46,11 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.fp8 = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+        hidden = linear_gelu(x, self.fc1.weight, self.fc1.bias, fp8=self.fp8)
+        return fp8_linear(hidden, self.fc2.weight, self.fc2.bias) if self.fp8 else self.fc2(hidden)
 
 
 class Block(nn.Module):

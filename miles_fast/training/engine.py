@@ -67,6 +67,11 @@ def check_ds_config(
             f"{source}: bf16.check_grad_overflow = false lets gradients that are not finite into the "
             "weights; take the line out"
         )
+    if config.run.precision == "fp8" and cuda and not bf16.get("enabled"):
+        raise ConfigError(
+            f"{source}: bf16.enabled = false, but run.precision = fp8 takes bf16 weights on a GPU; "
+            "enable bf16, or take run.precision out"
+        )
     batch = tree.get("train_micro_batch_size_per_gpu")
     if not isinstance(batch, int) or batch < 1:
         raise ConfigError(

@@ -23,6 +23,7 @@ from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
 from miles_fast.distributed import barrier, gather_objects, logger, note_once, rank, world_size
 from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
+from miles_fast.models.fp8 import use_fp8
 from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import find_checkpoint, model_folder, read_state, restore_checkpoint
@@ -80,6 +81,8 @@ def pretrain(
     if config.run.init_from and not checkpoint:
         _initialize(objective, config.run.init_from)
     _freeze(objective.model, config.run.freeze, settings.stage)
+    if config.run.precision == "fp8":
+        use_fp8(objective, device)
     snapshot = None
     if config.method.view != "none":
         snapshot = Snapshot(

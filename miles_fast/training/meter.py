@@ -17,7 +17,10 @@ from miles_fast.training.objective import Losses
 
 
 class Meter:
-    """Times steps between two log records; device values are read only when a record is made."""
+    """Times steps between two log records; device values are read only when a record is made.
+
+    `mfu` is the share of the GPU's bf16 peak, of `run.precision: fp8` too.
+    """
 
     def __init__(self, config: Config, share: Share, device: torch.device) -> None:
         self._clips_per_step, self._device = share.global_batch, device

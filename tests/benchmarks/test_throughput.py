@@ -79,6 +79,33 @@ def test_loss_as_configured_follows_the_published_one(root):
     assert "as configured" in printed and page.read_text().count("<polyline") == 3
 
 
+def test_fp8_is_judged_by_two_seeds(root, monkeypatch):
+    tree = tiny_tree(root)
+    tree["model"]["video"]["width"] = 32
+    (root / "wide.yaml").write_text(yaml.safe_dump(tree))
+    files = ("--config", str(root / "wide.yaml"), "--json", str(root / "fp8.json"))
+    printed = throughput(root, "curves", "--fp8", *files, "--report", str(root / "fp8.html"))
+    found = json.loads((root / "fp8.json").read_text())["fp8"]
+    bf16, other, fp8 = found["losses"].values()
+    assert list(found["losses"])[1:] == ["bf16 linear layers, seed 1", "fp8 linear layers, seed 0"]
+    # Three steps are fewer than are smoothed over: one mean each.
+    assert found["fp8_mean"] == found["fp8_largest"] == pytest.approx(abs(sum(fp8) - sum(bf16)) / 3)
+    assert found["seed_mean"] == pytest.approx(abs(sum(other) - sum(bf16)) / 3)
+    assert found["within"] == (0 < found["fp8_mean"] <= found["seed_mean"])
+    assert f"{found['seed_mean']:.4f}" in printed and "within the spread of two seeds" in printed
+    assert (root / "fp8.html").read_text().count("<polyline") == 3
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import curves
+
+    level, step = [2.0] * 40, [2.0] * 20 + [3.0] * 20  # the mean over 20 of the latter rises by 0.05 a step
+    far = curves.spread({"bf16": level, "other": [2.1] * 40, "fp8": step})
+    assert far.fp8_largest == pytest.approx(1) and far.fp8_mean == pytest.approx(10.5 / 21)
+    assert far.seed_mean == far.seed_largest == pytest.approx(0.1) and not far.within
+    assert "fp8 is not within" in curves.verdict(far)
+    assert curves.spread({"bf16": level, "other": step, "fp8": [2.1] * 40}).within
+
+
 def test_spoiled_shards_are_slower_by_a_figure(root):
     _, figures = call(root, "spoiled")
     slower = [name for name in figures if name.endswith("slower by %")]
@@ -133,10 +160,13 @@ def test_the_encoder_alone(root):
 
 def test_ablations_change_one_thing_each(root, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from variants import ABLATIONS, measure_variants
+    from variants import ABLATIONS, FP8, ablations, measure_variants
 
-    chosen = [one for one in ABLATIONS if one.plain_ops or one.ds]
-    rows = measure_variants(chosen, str(root / "tiny.yaml"), [], ds_tree(stage=1), 7)
+    kept = ablations(str(root / "tiny.yaml"), ["run.precision=fp8", "model.video.width=32"])
+    names = ["bf16 linear layers", "SDPA for the attention ops", "one reading process"]
+    assert [one.name for one in kept if one.overrides] == names  # neither compiled nor in graphs here
+    chosen = [FP8, *(one for one in ABLATIONS if one.plain_ops or one.ds)]
+    rows = measure_variants(chosen, str(root / "tiny.yaml"), ["model.video.width=32"], ds_tree(stage=1), 7)
     assert [row.name for row in rows] == [one.name for one in chosen]
     assert all(row.clips_per_second > 0 for row in rows)
 

@@ -1,0 +1,72 @@
+"""fp8_linear: a linear layer whose product is of 8-bit floats and whose gradients are its own, unrounded.
+
+    out[m, n] = s_x[m] s_w[n] sum_k x8[m, k] w8[n, k] + bias[n]
+    s_x[m] = max_k |x[m, k]| / 448,   x8[m, k] = e4m3(x[m, k] / s_x[m]),   and so for the rows of w
+
+x is (..., K), 448 the largest number of e4m3. Scales are made anew by every call, so that there is no state,
+and for every row, so that an outlier coarsens its own token only. The gradients are those of
+F.linear(x, w, bias) (straight through): products in fp8 would need casts of the incoming gradient and
+transposed ones of x, which cost about what they save.
+
+No Triton: torch has the product, and plain casts are what torch.compile joins with whatever wrote x. The
+caller keeps K and N multiples of 16, which the product's hardware asks for. Saved for backward: x and w.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+_TINY = 1e-30  # of a row's largest number: rows of zeros are divided by something
+
+
+def quantized_rows(rows_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 numbers (M, K) and the float32 scale of each row (M, 1); inf and nan make the scale such."""
+    scale_M1 = rows_MK.abs().amax(-1, keepdim=True).float().clamp(min=_TINY) / _LARGEST
+    return (rows_MK.float() / scale_M1).to(torch.float8_e4m3fn).contiguous(), scale_M1
+
+
+def fp8_linear_reference(
+    x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The layer's output (..., N), by a float32 product of the numbers that the 8 bits stand for."""
+    (x8, scale_x), (w8, scale_w) = quantized_rows(x), quantized_rows(weight_NK)
+    out = F.linear(x8.float() * scale_x, w8.float() * scale_w)
+    return (out if bias_N is None else out + bias_N).to(x.dtype)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_NK, bias_N):
+        ctx.save_for_backward(x, weight_NK)
+        if not x.is_cuda:
+            return fp8_linear_reference(x, weight_NK, bias_N)
+        (x8, scale_x), (w8, scale_w) = quantized_rows(x.flatten(0, -2)), quantized_rows(weight_NK)
+        out = torch._scaled_mm(
+            *(x8, w8.t(), scale_x, scale_w.t()), bias=bias_N, out_dtype=x.dtype, use_fast_accum=True
+        )
+        return out.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x, weight_NK = ctx.saved_tensors
+        d_out_MN = d_out.flatten(0, -2)
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = (d_out_MN @ weight_NK).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            d_weight = d_out_MN.t() @ x.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            d_bias = d_out_MN.sum(0)
+        return d_x, d_weight, d_bias
+
+
+def fp8_linear(x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T + bias, (..., K) to (..., N): torch._scaled_mm on a GPU, the reference elsewhere.
+
+    Raises ValueError where on a GPU x and weight are not bfloat16.
+    """
+    if x.is_cuda and not (x.dtype == weight_NK.dtype == torch.bfloat16):
+        raise ValueError(f"fp8_linear takes bfloat16 on a GPU, got {x.dtype} and {weight_NK.dtype}")
+    return _Fp8Linear.apply(x, weight_NK, bias_N)

@@ -1,0 +1,169 @@
+"""The fp8 product against float64, its gradients against F.linear's, and what is not finite."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from miles_fast.kernels.biased_gelu import biased_gelu, linear_gelu
+from miles_fast.kernels.dispatch import INTERPRETED
+from miles_fast.kernels.fp8_linear import fp8_linear, fp8_linear_reference, quantized_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16
+LAYERS = {"qkv": (768, 2304), "fc1": (768, 3072), "fc2": (3072, 768), "narrow": (16, 32)}
+needs_triton = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="needs Triton or its interpreter"
+)
+
+
+def leaves(K, N, rows=(3, 67), dtype=HALF, device=DEVICE):
+    generator = torch.Generator().manual_seed(K + N)
+    drawn = [torch.randn(*shape, generator=generator) for shape in ((*rows, K), (N, K), (N,))]
+    return [tensor.to(device, dtype).requires_grad_() for tensor in drawn]
+
+
+def error(found, exact):
+    """Largest over the tokens: length of the error by length of the token."""
+    return ((found.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("K, N", LAYERS.values(), ids=LAYERS)
+def test_is_as_far_from_the_exact_product_as_8_bits_are(K, N):
+    x, weight, _ = leaves(K, N)
+    exact = F.linear(x.double(), weight.double())
+    mean = (fp8_linear(x, weight).double() - exact).norm() / exact.norm()
+    # Four significant bits: rounding moves a number by 2.6 % (at most 6.2 %), a product of two by 3.7 %.
+    assert 0.03 < mean < 0.04 and error(fp8_linear(x, weight), exact) < (0.05 if K > 16 else 0.1)
+
+
+def test_an_outlier_coarsens_its_own_row_only():
+    x, weight, bias = leaves(64, 32, rows=(5,))
+    far = x.detach().clone()
+    far[2] *= 1e6
+    far[4] /= 1e6
+    narrow = weight.detach() * torch.logspace(-6, 6, 32, device=DEVICE, dtype=HALF)[:, None]
+    exact = F.linear(far.double(), narrow.double())
+    found = fp8_linear(far, narrow).double()
+    # By element, for rows and columns differ by 1e12: each within its own, whichever scale it belongs to.
+    size = far.double().norm(dim=-1)[:, None] * narrow.double().norm(dim=-1)
+    assert ((found - exact).abs() / size).max() < 0.02
+    others = [0, 1, 3]
+    assert torch.equal(fp8_linear(far, weight, bias)[others], fp8_linear(x, weight, bias)[others])
+
+
+def test_rows_reach_the_largest_number_and_keep_their_own_scale():
+    x = torch.tensor([[1.0, -2.0, 0.5, 0.0], [3e-3, 1e-3, -4e-3, 2e-3]], device=DEVICE)
+    eight, scale = quantized_rows(x)
+    assert eight.float().abs().amax(-1).tolist() == [448, 448]
+    torch.testing.assert_close(scale[:, 0] * 448, torch.tensor([2.0, 4e-3], device=DEVICE))
+    torch.testing.assert_close(eight.float() * scale, x, rtol=2**-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF] if DEVICE == "cpu" else [HALF])
+def test_gradients_are_the_linear_layers_own(dtype):
+    inputs = leaves(48, 80, dtype=dtype)
+    d_out = torch.randn(3, 67, 80).to(DEVICE, dtype)
+    found, expected = (torch.autograd.grad(op(*inputs), inputs, d_out) for op in (fp8_linear, F.linear))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_frozen_weights_get_no_gradient():
+    x, weight, bias = leaves(32, 16)
+    out = fp8_linear(x, weight.detach(), bias.detach())
+    (found,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(found, weight.sum(0).expand_as(x), rtol=2e-2, atol=2e-2)
+
+
+def test_zeros_stay_zeros_and_what_is_not_finite_stays_so():
+    x, weight, bias = (tensor.detach() for tensor in leaves(32, 16, rows=(6,)))
+    x[0], x[1, 3], x[2, 5], x[3, 7] = 0, float("inf"), float("nan"), -float("inf")
+    out = fp8_linear(x, weight, bias)
+    assert torch.equal(out[0], bias)
+    assert out[1:4].isfinite().sum() == 0 and out[4:].isfinite().all()
+    weight[4, 0], weight[9] = float("nan"), 0
+    out = fp8_linear(x[4:], weight, bias)
+    assert out[:, 4].isnan().all() and torch.equal(out[:, 9], bias[9].expand(2))
+    assert out[:, [0, 1, 5]].isfinite().all()
+
+
+def test_torchs_product_takes_the_same_numbers_and_scales():
+    x, weight, bias = (tensor.detach() for tensor in leaves(96, 48, rows=(37,)))
+    (x8, scale_x), (w8, scale_w) = quantized_rows(x), quantized_rows(weight)
+    torchs = torch._scaled_mm(x8, w8.t(), scale_x, scale_w.t(), bias=bias, out_dtype=HALF)
+    torch.testing.assert_close(torchs, fp8_linear_reference(x, weight, bias), rtol=1.6e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+def test_traces_as_one_graph(backend):
+    inputs = leaves(32, 64, rows=(2, 5))
+    norm = torch.nn.LayerNorm(32, device=DEVICE, dtype=HALF)
+
+    def layer(x, weight, bias):
+        return linear_gelu(norm(x), weight, bias, fp8=True)
+
+    ops = (torch.compile(layer, backend=backend, fullgraph=True), layer)
+    results = [torch.autograd.grad(op(*inputs).square().sum(), inputs) for op in ops]
+    torch.testing.assert_close(*results)
+    with torch.no_grad():
+        torch.testing.assert_close(ops[0](*inputs), layer(*inputs))
+
+
+@needs_triton
+def test_the_gelu_in_front_of_a_cast_is_the_same_and_traces():
+    x, weight, bias = leaves(16, 48, dtype=torch.float32)
+
+    def layer(x, weight, bias, *, fusible):
+        return biased_gelu(F.linear(x, weight, bias.detach()), bias, fusible=fusible)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for op, fusible in ((layer, False), (layer, True), (compiled, True)):
+        out = op(x, weight, bias, fusible=fusible)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))])
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K, N", LAYERS.values(), ids=LAYERS)
+def test_a_gpus_product_is_that_of_the_reference(K, N):
+    inputs = leaves(K, N, rows=(3, 785))
+    with torch.no_grad():
+        expected = fp8_linear_reference(*(tensor.double() for tensor in inputs))
+        # The output is rounded to bf16, and the tensor cores add with fewer bits than float32 has.
+        assert error(fp8_linear(*inputs), expected) < 1e-2
+        compiled = torch.compile(fp8_linear, fullgraph=True)
+        assert error(compiled(*inputs), expected) < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_gpu_compiles_what_is_around_it():
+    (x, weight, bias), (_, back, _) = leaves(768, 3072, rows=(2, 785)), leaves(3072, 768)
+    weights = [(tensor.detach() * 0.02).requires_grad_() for tensor in (weight, back)]
+    norm = torch.nn.LayerNorm(768, device=DEVICE, dtype=HALF)
+    inputs = (x, bias, *weights)
+
+    def mlp(x, bias, first, second, *, fp8=True):
+        hidden = linear_gelu(norm(x), first, bias, fp8=fp8)
+        return (fp8_linear if fp8 else F.linear)(hidden, second)
+
+    compiled, exact = torch.compile(mlp, fullgraph=True)(*inputs), mlp(*inputs, fp8=False)
+    assert 1e-2 < error(compiled, exact.double()) < 0.08
+    found, expected = (torch.autograd.grad(out.square().mean(), inputs) for out in (compiled, exact))
+    for got, wanted in zip(found, expected, strict=True):
+        assert (got - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.gpu
+def test_a_gpus_compiled_cast_passes_on_what_is_not_finite():
+    x, weight, bias = (tensor.detach() for tensor in leaves(768, 48, rows=(6,)))
+    x[0], x[1, 3], x[2, 5], x[3, 7] = 0, float("inf"), float("nan"), -float("inf")
+    out = torch.compile(fp8_linear, fullgraph=True)(x, weight, bias)
+    assert torch.equal(out[0], bias)
+    assert out[1:4].isfinite().sum() == 0 and out[4:].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_bf16_only():
+    with pytest.raises(ValueError, match="bfloat16 on a GPU, got torch.float32"):
+        fp8_linear(*leaves(16, 16, dtype=torch.float32))
