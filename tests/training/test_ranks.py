@@ -25,7 +25,7 @@ def results(tmp_path_factory, request):
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("RANK", None)
     found = {}
-    for ranks, batch, runs in ((1, 6, "1,1x2"), (2, 3, "0,1,2,3,2x2,3x2")):
+    for ranks, batch, runs in ((1, 6, "1,1x2"), (2, 3, "0,1,2,3,3x2")):
         output = root / f"out{ranks}"
         output.mkdir()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -48,7 +48,7 @@ def test_the_contrast_of_two_ranks_has_the_gradient_of_one_on_the_joined_batch(r
         np.testing.assert_allclose(found, one, rtol=1e-9)
 
 
-@pytest.mark.parametrize("run,same", [("1", "1"), ("2x2", "1x2"), ("3x2", "1x2")])
+@pytest.mark.parametrize("run,same", [("1", "1"), ("3x2", "1x2")])
 def test_two_ranks_equal_one_on_the_joined_batch(results, run, same):
     one, two = results[1][0][same], [r[run] for r in results[2]]
     assert [a + b for a, b in zip(two[0]["keys"], two[1]["keys"], strict=True)] == one["keys"]
