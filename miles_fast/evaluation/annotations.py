@@ -260,9 +260,7 @@ def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, 
             for row in reader:
                 cells = {key: (row[key] or "").strip() for key in needed}
                 if not all(cells.values()):
-                    raise ValueError(
-                        f"{path}: line {reader.line_num} lacks one of {', '.join(needed)}: {cells}"
-                    )
+                    raise ValueError(f"{path}: line {reader.line_num} needs {', '.join(needed)}: {cells}")
                 yield reader.line_num, cells
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 ({error}); convert it with `iconv -t utf-8`") from error
