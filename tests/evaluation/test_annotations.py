@@ -263,5 +263,6 @@ def test_every_protocol_says_where_its_files_come_from_and_what_others_report():
     for name in NAMES:
         about = find_protocol(name).about()
         assert "https://" in about and "ties count half" in about and "reported" in about
+        assert "at hand" in about and "pins verified: " in about
     with pytest.raises(ValueError, match="expected one of msrvtt_1ka"):
         find_protocol("msrvtt")
