@@ -184,7 +184,8 @@ def parameter_groups(objective: nn.Module, settings: EngineSettings) -> list[dic
 
     Raises ConfigError for a prefix of run.lr_scale that begins no trained weight's name.
     """
-    scales, used = settings.lr_scale, set()
+    scales: dict[str, float] = settings.lr_scale
+    used: set[str | None] = set()
     parts: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
@@ -194,7 +195,9 @@ def parameter_groups(objective: nn.Module, settings: EngineSettings) -> list[dic
             scale = 1.0 if prefix is None else scales[prefix]
             parts.setdefault((scale, parameter.ndim in (2, 4)), []).append(parameter)
     if unused := sorted(scales.keys() - used):
-        raise ConfigError(f"run.lr_scale: no trained weight's rate is that of {unused[0]!r}")
+        raise ConfigError(
+            f"run.lr_scale: no trained weight's name begins with {unused[0]!r}, or all with a longer prefix too"
+        )
     groups = []
     for (scale, decayed), parameters in parts.items():
         if parameters:

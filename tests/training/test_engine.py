@@ -100,7 +100,7 @@ def test_a_scale_that_would_do_nothing_is_refused(root, tmp_path):
         config = tiny_config(root, run={"folder": str(tmp_path), "lr_scale": scales})
         return check_ds_config(ds_tree() | changes, "ds.json", config, cuda=False, ranks=1)
 
-    with pytest.raises(ConfigError, match="no trained weight's rate is that of 'video.'"):
+    with pytest.raises(ConfigError, match="no trained weight's name begins with 'video.'"):
         parameter_groups(Net(), settings({"first.": 0.1, "video.": 0.1}))
     schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3}}
     with pytest.raises(ConfigError, match="ds.json: scheduler.type = WarmupLR sets one rate"):
