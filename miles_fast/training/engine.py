@@ -196,7 +196,7 @@ def parameter_groups(objective: nn.Module, settings: EngineSettings) -> list[dic
             parts.setdefault((scale, parameter.ndim in (2, 4)), []).append(parameter)
     if unused := sorted(scales.keys() - used):
         raise ConfigError(
-            f"run.lr_scale: no trained weight's name begins with {unused[0]!r}, or all with a longer prefix too"
+            f"run.lr_scale: no trained weight's name begins with {unused[0]!r}, or a longer prefix takes all"
         )
     groups = []
     for (scale, decayed), parameters in parts.items():

@@ -280,5 +280,6 @@ def test_finetuning_beats_pixels_and_the_bar_and_shuffled_captions_fall_to_chanc
     at_random = chance(gallery)
     print(f"{'chance':<18} R@1 {at_random.r1:.3f}  R@5 {guess:.3f}  R@10 {at_random.r10:.3f}")
     assert rows["fine-tuned"]["r5"] > max(bar, rows["8 x 8 pixels"]["r5"])
+    assert sum(rows["fine-tuned"].values()) >= sum(rows["where it started"].values())
     # Three standard deviations of a guess in one gallery: alike clips share their fate, so splits add little.
     assert rows["shuffled captions"]["r5"] < guess + 3 * (guess * (1 - guess) / gallery) ** 0.5
