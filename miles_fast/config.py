@@ -12,7 +12,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -243,8 +243,10 @@ class RunConfig:
     ends and names the rank.
 
     `freeze`: prefixes of published weight names (video_model.blocks.0., say) that are not trained; ZeRO-3
-    takes none. With a `patience` the best model by the R-sum on the first evaluation set is kept in RUN/best,
-    and the run ends after so many evaluations without a better one; 0 trains all steps.
+    takes none. `lr_scale`: factors of the learning rate by such prefixes, of which the longest counts. With a
+    `patience` the best model by the R-sum on the first evaluation set, the one that the run starts from
+    included, is kept in RUN/best, and the run ends after so many evaluations without a better one; 0 trains
+    all steps.
 
     `compile` has torch.compile fuse what lies between matrix products; `cuda_graphs` has a GPU launch the
     passes of a step as a whole (ZeRO 0 to 2). `activation_memory_budget`, with `compile`, is the share of
@@ -272,6 +274,7 @@ class RunConfig:
     hang_seconds: float = Field(default=1800.0, ge=0, allow_inf_nan=False)
     init_from: str | None = None
     freeze: list[str] = Field(default_factory=list)
+    lr_scale: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     compile: bool = False
     cuda_graphs: bool = False
     precision: Literal["fp8"] | None = None

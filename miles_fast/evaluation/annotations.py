@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def msrvtt(path: Path, split: str | None = None) -> Captions:
     tree = _json(path)
     if isinstance(tree, list):
         return caption_list(path)
-    if not isinstance(tree, dict) or not {"videos", "sentences"} <= tree.keys():
-        raise ValueError(f"{path}: MSR-VTT's json has the keys videos and sentences")
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(k), list) for k in ("videos", "sentences")):
+        raise ValueError(f"{path}: MSR-VTT's json has the keys videos and sentences, lists both")
     found: Captions = {}
     for number, video in enumerate(tree["videos"], start=1):
         name = _field(path, number, video, "video_id")
@@ -54,15 +55,11 @@ def msrvtt(path: Path, split: str | None = None) -> Captions:
 def msrvtt_jsfusion(path: Path) -> Captions:
     """The 1K-A csv: key, vid_key, video_id, sentence; one row a video."""
     found: Captions = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"video_id", "sentence"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: the header is {rows.fieldnames}, not key,vid_key,video_id,sentence")
-        for row in rows:
-            if row["video_id"] in found:
-                raise ValueError(f"{path}: line {rows.line_num}: {row['video_id']} is there twice")
-            found[row["video_id"]] = [(row["sentence"] or "").strip()]
-    return _complete(path, found)
+    for number, row in _rows(path, ("video_id", "sentence")):
+        if row["video_id"] in found:
+            raise ValueError(f"{path}: line {number}: {row['video_id']} is there twice")
+        found[row["video_id"]] = [row["sentence"]]
+    return found
 
 
 def msvd(path: Path) -> Captions:
@@ -80,7 +77,11 @@ def msvd(path: Path) -> Captions:
 
 def names(path: Path) -> list[str]:
     """A split file of one name a line."""
-    return [line.split(",")[0].strip() for _, line in _lines(path)]
+    found = [line.split(",")[0].strip() for _, line in _lines(path)]
+    doubled = next((name for name, times in Counter(found).items() if times > 1), None)
+    if doubled is not None:
+        raise ValueError(f"{path}: {doubled} is there twice")
+    return found
 
 
 def only(captions: Captions, wanted: list[str], path: Path) -> Captions:
@@ -131,7 +132,9 @@ def ucf101_split(path: Path, classes: list[str]) -> dict[str, int]:
         if folder not in classes:
             raise ValueError(f"{path}: line {number}: {folder!r} is not a class of classInd.txt")
         label = classes.index(folder)
-        if index and int(index) != label + 1:
+        if name in found:
+            raise ValueError(f"{path}: line {number}: {name} is there twice")
+        if index and index != str(label + 1):
             raise ValueError(
                 f"{path}: line {number}: {name} has class {index}, classInd.txt says {label + 1}"
             )
@@ -150,6 +153,8 @@ def hmdb51_split(files: list[Path], part: str) -> tuple[dict[str, int], list[str
             name, _, use = line.rpartition(" ")
             if use not in ("0", "1", "2") or not name:
                 raise ValueError(f"{path}: line {number} is not `video.avi 0|1|2`: {line!r}")
+            if name.strip() in found:
+                raise ValueError(f"{path}: line {number}: {name.strip()} is there twice")
             if use == wanted:
                 found[name.strip()] = label
     return found, classes
@@ -158,20 +163,15 @@ def hmdb51_split(files: list[Path], part: str) -> tuple[dict[str, int], list[str
 def kinetics(path: Path) -> tuple[dict[str, int], list[str]]:
     """Kinetics' csv (label, youtube_id, time_start, time_end, split): labels by `id_start_end`, classes."""
     rows: dict[str, str] = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        needed = {"label", "youtube_id", "time_start", "time_end"}
-        if not needed <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: the header is {reader.fieldnames}, it lacks some of {sorted(needed)}")
-        for row in reader:
-            try:
-                start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
-            except ValueError:
-                raise ValueError(f"{path}: line {reader.line_num}: times are not numbers: {row}") from None
-            name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-            if name in rows:
-                raise ValueError(f"{path}: line {reader.line_num}: {name} is there twice")
-            rows[name] = row["label"].strip('"')
+    for number, row in _rows(path, ("label", "youtube_id", "time_start", "time_end")):
+        try:
+            start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
+        except (ValueError, OverflowError):
+            raise ValueError(f"{path}: line {number}: times are not numbers: {row}") from None
+        name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
+        if name in rows:
+            raise ValueError(f"{path}: line {number}: {name} is there twice")
+        rows[name] = row["label"].strip('"')
     classes = refuse_one_class(path, sorted(set(rows.values())))
     return {name: classes.index(label) for name, label in rows.items()}, classes
 
@@ -194,9 +194,8 @@ def ssv2_templates(path: Path, classes: list[str]) -> dict[str, int]:
 def ssv2_labels(path: Path) -> list[str]:
     """SSV2's labels json, {template: number as text}: the templates in the order of their numbers."""
     tree = _json(path)
-    if not isinstance(tree, dict) or sorted(map(str, tree.values()), key=int) != list(
-        map(str, range(len(tree)))
-    ):
+    numbers = set(map(str, tree.values())) if isinstance(tree, dict) else set()
+    if not isinstance(tree, dict) or numbers != set(map(str, range(len(tree)))):
         raise ValueError(f"{path}: expected {{template: number}} with the numbers from 0 on")
     return refuse_one_class(
         path, [without_brackets(name) for name in sorted(tree, key=lambda n: int(tree[n]))]
@@ -212,6 +211,8 @@ def choices(path: Path) -> dict[str, tuple[list[str], int]]:
             name, options, answer = entry["clip_name"], entry["options"], int(entry["answer"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: line {number} needs clip_name, options, answer ({error!r})") from None
+        if not isinstance(options, list) or not all(isinstance(text, str) and text for text in options):
+            raise ValueError(f"{path}: line {number}: options must be texts: {str(options)[:60]}")
         if len(options) < 2 or not 0 <= answer < len(options):
             raise ValueError(f"{path}: line {number}: answer {answer} of {len(options)} options")
         if name in found:
@@ -247,6 +248,24 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, line.strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 ({error}); convert it with `iconv -t utf-8`") from error
+
+
+def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a csv with a header. Raises ValueError where a needed cell is empty."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            if not set(needed) <= set(reader.fieldnames or ()):
+                raise ValueError(f"{path}: the header is {reader.fieldnames}; it needs {', '.join(needed)}")
+            for row in reader:
+                cells = {key: (row[key] or "").strip() for key in needed}
+                if not all(cells.values()):
+                    raise ValueError(f"{path}: line {reader.line_num} needs {', '.join(needed)}: {cells}")
+                yield reader.line_num, cells
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error}); convert it with `iconv -t utf-8`") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not csv ({error}); download it again") from error
 
 
 def _json(path: Path) -> Any:

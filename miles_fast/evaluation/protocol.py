@@ -45,7 +45,10 @@ class Pinned:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """One benchmark. `reported` holds what papers report, by setting and method, in the words of `metric`."""
+    """One benchmark. `reported` holds what papers report, by setting and method, in the words of `metric`.
+
+    `verified` says which of the pins were checked against real files.
+    """
 
     name: str
     task: Literal["retrieval", "actions", "multiple choice", "templates"]
@@ -53,6 +56,7 @@ class Protocol:
     metric: str
     read: Callable[[DataFolder, Part, int], Split]
     pinned: Mapping[str, Pinned]
+    verified: str
     folds: tuple[int, ...] = (0,)
     frames: tuple[int, ...] = (4,)
     caption_tokens: int = 32
@@ -98,6 +102,7 @@ class Protocol:
             names = f", names {pinned.names_sha256}" if pinned.names_sha256 else ""
             lines.append(f"split {key}: {counts}{names}")
         lines += [
+            f"pins verified: {self.verified}",
             f"measure: {self.metric}; {TIES}",
             f"frames: {' and '.join(map(str, self.frames))}, {FRAMES}",
         ]

@@ -25,7 +25,8 @@ class Verdict:
 class EarlyStopping:
     """Watches the R-sum of one evaluation set: R@1 + R@5 + R@10 of both directions, as fractions.
 
-    What was best so far stands in RUN/best/best.json, so that a resumed run goes on with it. Every rank calls
+    What was best so far stands in RUN/best/best.json, so that a resumed run goes on with it. The first to be
+    judged is the model that the run starts from (step 0): RUN/best is never worse than that. Every rank calls
     `judge` with the same result and comes to the same verdict.
     """
 
@@ -38,6 +39,11 @@ class EarlyStopping:
         if record.is_file():
             best = json.loads(record.read_text())
             self._best = best["step"], best["r_sum"]
+
+    @property
+    def started(self) -> bool:
+        """Something was judged already, in this run or in the one that it resumes."""
+        return self._best is not None
 
     def judge(self, step: int, evaluation: dict[str, Any]) -> Verdict:
         """The verdict on the evaluation after `step`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class EngineSettings:
     accumulation: int
     stage: int
     bf16: bool
+    lr_scale: dict[str, float] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,12 +102,31 @@ def check_ds_config(
             f"{source}: zero_optimization.stage = 3 gathers weights anew for every step, which a CUDA graph "
             "cannot follow; set run.cuda_graphs: false, or stage 2"
         )
+    _check_lr_scale(tree, source, config)
     tree.setdefault("steps_per_print", 10**9)
     # DeepSpeed's own throughput, which nothing prints, would have the host wait for the GPU twice a step.
     tree.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     return EngineSettings(
-        tree=tree, batch=batch, accumulation=accumulation, stage=stage, bf16=bool(bf16.get("enabled"))
+        tree=tree,
+        batch=batch,
+        accumulation=accumulation,
+        stage=stage,
+        bf16=bool(bf16.get("enabled")),
+        lr_scale=config.run.lr_scale,
     )
+
+
+def _check_lr_scale(tree: dict[str, Any], source: str, config: Config) -> None:
+    if not config.run.lr_scale:
+        return
+    if "lr" not in tree["optimizer"].get("params", {}):
+        raise ConfigError(f"{source}: run.lr_scale needs optimizer.params.lr, the rate that it multiplies")
+    schedule = tree.get("scheduler", {}).get("type")
+    if schedule not in (None, "WarmupCosineLR"):
+        raise ConfigError(
+            f"{source}: scheduler.type = {schedule} sets one rate for all weights; run.lr_scale needs "
+            "WarmupCosineLR, which multiplies each weight's own"
+        )
 
 
 def launched_ranks() -> int:
@@ -152,9 +172,7 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
 
     if settings.stage == 0 and settings.bf16:
         note_once("bf16 with ZeRO 0: DeepSpeed takes a zero-gradient step at the start; stage 1 does not")
-    decayed = [p for p in objective.parameters() if p.requires_grad and p.ndim in (2, 4)]
-    others = [p for p in objective.parameters() if p.requires_grad and p.ndim not in (2, 4)]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups = parameter_groups(objective, settings)
     try:
         engine, *_ = deepspeed.initialize(model=objective, model_parameters=groups, config=settings.tree)
     except (ValueError, NotImplementedError) as error:  # the latter for a mix of precisions it lacks
@@ -164,6 +182,33 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
         _skip_non_finite(engine.optimizer)
     use_flat_gradients(engine.optimizer)
     return engine
+
+
+def parameter_groups(objective: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:
+    """Trained weights by learning rate and weight decay, those of the json's own rate first.
+
+    Raises ConfigError for a prefix of run.lr_scale that begins no trained weight's name.
+    """
+    scales: dict[str, float] = settings.lr_scale
+    used: set[str | None] = set()
+    parts: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            published = name.removeprefix("model.")
+            prefix = max((p for p in scales if published.startswith(p)), key=len, default=None)
+            used.add(prefix)
+            scale = 1.0 if prefix is None else scales[prefix]
+            parts.setdefault((scale, parameter.ndim in (2, 4)), []).append(parameter)
+    if unused := sorted(scales.keys() - used):
+        raise ConfigError(
+            f"run.lr_scale: no trained weight's name begins with {unused[0]!r}, or a longer prefix takes all"
+        )
+    groups = []
+    for (scale, decayed), parameters in parts.items():
+        if parameters:
+            own = {} if scale == 1 else {"lr": scale * settings.tree["optimizer"]["params"]["lr"]}
+            groups.append({"params": parameters} | own | ({} if decayed else {"weight_decay": 0.0}))
+    return groups
 
 
 def use_flat_gradients(optimizer: Any) -> None:

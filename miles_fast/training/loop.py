@@ -183,9 +183,35 @@ def compile_passes(objective: Objective, snapshot: Snapshot | None, memory_budge
 
 def _train(t: Training, step: int) -> None:
     """Train from behind `step`, as often from an earlier one as numbers go wrong."""
+    if t.stopping is not None and step == 0 and not t.stopping.started:
+        _keep_start(t)
     while (back := _train_from(t, step)) is not None:
         step = back
     barrier()
+
+
+def _keep_start(t: Training) -> None:
+    """Evaluate and keep the model that the run starts from.
+
+    Without a word to the watchdog, which is patient up to the third: the end of the first step.
+    """
+    verdict, result = _evaluate(t, 0)
+    assert verdict.improved
+    t.saver.start(0, t.left_out.ranges)
+    t.saver.settle()
+    keep_best(t, 0, result)
+
+
+def _evaluate(t: Training, step: int) -> tuple[Verdict, dict[str, Any]]:
+    """Evaluate the model after `step`, log it, and judge it where the run stops early."""
+    assert t.evaluate is not None
+    # Its last batch is smaller: not worth compiling for.
+    with torch.compiler.set_stance("force_eager"):
+        result = t.evaluate(t.engine.module.model, t.device)
+    t.log.write(step, {"evaluation": result})
+    if t.stopping is None:
+        return Verdict(improved=False, stop=False), result
+    return t.stopping.judge(step, result), result
 
 
 def _train_from(t: Training, first_step: int) -> int | None:
@@ -234,12 +260,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
                     warn_of_collapse(record["target_std"], run)
             if t.evaluate is not None and (last or (run.evaluate_every and step % run.evaluate_every == 0)):
                 t.watchdog.report(f"evaluating after step {step}")
-                # Its last batch is smaller: not worth compiling for.
-                with torch.compiler.set_stance("force_eager"):
-                    result = t.evaluate(engine.module.model, t.device)
-                t.log.write(step, {"evaluation": result})
-                if t.stopping is not None:
-                    verdict = t.stopping.judge(step, result)
+                verdict, result = _evaluate(t, step)
                 meter.pause()
             ends = last or verdict.stop
             save_if_due(t, step, vote, last=ends, wait=ends or verdict.improved)

@@ -171,6 +171,33 @@ REFUSED = {
         "recognition needs at least two",
     ),
     "a captions file for MSVD": (annotations.msvd, "vid1 a dog\n", "line 1 is not `id_start_end caption`"),
+    "a csv cut off within its last line": (
+        annotations.kinetics,
+        "label,youtube_id,time_start,time_end,split\nyoga,a,1,2,val\ndancing,b,3",
+        "line 3 needs label, youtube_id, time_start, time_end",
+    ),
+    "a csv of another encoding": (
+        annotations.msrvtt_jsfusion,
+        b"key,vid_key,video_id,sentence\nret0,msr1,video1,a caf\xe9\n",
+        "is not UTF-8",
+    ),
+    "a name doubled in a split": (annotations.names, "a_1_2\na_1_2\n", "a_1_2 is there twice"),
+    "a clip doubled in a split": (
+        lambda path: annotations.ucf101_split(path, ["YoYo"]),
+        "YoYo/v_1.avi\nYoYo/v_1.avi\n",
+        "line 2: YoYo/v_1.avi is there twice",
+    ),
+    "a clip doubled in a class": (
+        lambda path: annotations.hmdb51_split([path], "test"),
+        "a.avi 2\na.avi 2\n",
+        "line 2: a.avi is there twice",
+    ),
+    "numbers that leave one out": (annotations.ssv2_labels, '{"a": "0", "b": "2"}', "numbers from 0 on"),
+    "options that are none": (
+        annotations.choices,
+        '{"clip_name": "a", "options": "xy", "answer": 1}',
+        "options must be texts",
+    ),
     "an answer beyond the options": (
         annotations.choices,
         '{"clip_name": "a", "options": ["x", "y"], "answer": 2}',
@@ -183,10 +210,38 @@ REFUSED = {
 def test_what_is_refused_names_the_file_and_the_place(tmp_path, case):
     read, text, message = REFUSED[case]
     path = tmp_path / "annotation.file"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)
+
+
+WHOLE = {
+    annotations.caption_list: '[{"video": "a.mp4", "caption": ["x"]}, {"video": "b.mp4", "caption": "y"}]',
+    annotations.msrvtt: '{"videos": [{"video_id": "v1", "split": "test"}], '
+    '"sentences": [{"video_id": "v1", "caption": "x"}]}',
+    annotations.msrvtt_jsfusion: 'key,vid_key,video_id,sentence\nret0,msr9770,video9770,"a, b"\n',
+    annotations.msvd: "mv89psg6zh4_33_46 a bird in a sink\n",
+    annotations.lsmdc: "3009_A_00.00.47.510-00.00.51.160\t1\t2\t3\t4\tHe runs.\n",
+    annotations.didemo: '[{"video": "1.mov", "description": "a cat", "times": [[0, 0]]}]',
+    annotations.ucf101_classes: "1 YoYo\n2 Polo\n",
+    annotations.kinetics: 'label,youtube_id,time_start,time_end,split\n"air drumming",-0a1,3,13,val\n',
+    annotations.ssv2_labels: '{"Pushing [something]": "1", "Lifting [something] up": "0"}',
+    annotations.choices: '{"clip_name": "7.webm", "options": ["push", "pull"], "answer": 1}\n',
+}
+
+
+@pytest.mark.parametrize("read", WHOLE, ids=lambda read: read.__name__)
+def test_a_file_that_is_cut_off_or_spoiled_at_any_byte_is_read_or_refused_by_name(tmp_path, read):
+    path, whole = tmp_path / "annotation.file", WHOLE[read].encode()
+    spoiled = [whole[:i] for i in range(len(whole))]
+    spoiled += [whole[:i] + b"\xff" + whole[i + 1 :] for i in range(0, len(whole), 5)]
+    for content in [*spoiled, b"null", b"3", b"[null]", b'{"a": null}', b'{"videos": 3, "sentences": 4}']:
+        path.write_bytes(content)
+        try:
+            read(path)
+        except ValueError as error:
+            assert str(path) in str(error), content
 
 
 def test_files_are_found_by_name_with_another_extension_and_folder_but_never_guessed(tmp_path):
@@ -208,5 +263,6 @@ def test_every_protocol_says_where_its_files_come_from_and_what_others_report():
     for name in NAMES:
         about = find_protocol(name).about()
         assert "https://" in about and "ties count half" in about and "reported" in about
+        assert "at hand" in about and "pins verified: " in about
     with pytest.raises(ValueError, match="expected one of msrvtt_1ka"):
         find_protocol("msrvtt")

@@ -40,11 +40,11 @@ def root(tmp_path_factory):
     return place
 
 
-def train(root, folder, values, steps=12, resume=None):
-    """A tiny run whose evaluations every 2 steps are these, one after the other."""
+def train(root, folder, values, steps=12, resume=None, init_from=None):
+    """A tiny run whose evaluations, of its start and every 2 steps, are these, one after the other."""
     left = iter(values)
     run = {"folder": str(folder), "steps": steps, "evaluate_every": 2, "patience": 2, "save_every": 2}
-    run["keep_checkpoints"] = 9
+    run |= {"keep_checkpoints": 9, "init_from": init_from}
     config = tiny_config(root, run=run, method={"view": "none"}, model={"attention": "sdpa"})
     settings = check_ds_config(ds_tree(), "ds.json", config, cuda=False, ranks=1)
     pretrain(config, settings, resume=resume, evaluate=lambda model, device: result(next(left)))
@@ -57,7 +57,7 @@ def best(folder):
 
 def test_the_best_checkpoint_is_kept_and_the_run_ends(root, tmp_path):
     folder = tmp_path / "run"
-    assert train(root, folder, [0.1, 0.5, 0.3, 0.2, 0.9]) == [2, 4, 6, 8]  # 0.9 is never reached
+    assert train(root, folder, [0.2, 0.1, 0.5, 0.3, 0.2, 0.9]) == [0, 2, 4, 6, 8]  # 0.9 is never reached
     assert best(folder)["step"] == 4 and best(folder)["r_sum"] == 1.0
     kept = load_file(folder / "best" / "model.safetensors")
     at_best = load_file(folder / "checkpoints" / "step-00000004" / "student" / "model.safetensors")
@@ -68,9 +68,30 @@ def test_the_best_checkpoint_is_kept_and_the_run_ends(root, tmp_path):
 
 def test_a_resumed_run_remembers_the_best(root, tmp_path):
     folder = tmp_path / "run"
-    train(root, folder, [0.5, 0.3], steps=4)
-    assert train(root, folder, [0.4, 0.9], resume="auto") == [2, 4, 6]  # two without a better one: over
+    train(root, folder, [0.1, 0.5, 0.3], steps=4)
+    assert train(root, folder, [0.4, 0.9], resume="auto") == [0, 2, 4, 6]  # two without a better one: over
     assert best(folder)["step"] == 2
+
+
+def test_a_run_that_gets_no_better_than_its_start_keeps_the_start(root, tmp_path):
+    train(root, tmp_path / "first", [0.1, 0.2], steps=2)
+    start = load_file(tmp_path / "first" / "best" / "model.safetensors")
+    folder = tmp_path / "run"
+    assert train(root, folder, [0.5, 0.4, 0.3], init_from=str(tmp_path / "first")) == [0, 2, 4]
+    assert best(folder)["step"] == 0
+    kept = load_file(folder / "best" / "model.safetensors")
+    assert kept.keys() == start.keys() and all(torch.equal(kept[name], start[name]) for name in start)
+
+
+def test_a_run_resumed_from_its_start_trains_on_and_does_not_judge_it_again(root, tmp_path):
+    folder = tmp_path / "run"
+    last = folder / "checkpoints" / "step-00000002" / "student" / "model.safetensors"
+    train(root, folder, [0.1, 0.2], steps=2)
+    once = load_file(last)
+    resume = str(folder / "checkpoints" / "step-00000000")
+    assert train(root, folder, [0.2], steps=2, resume=resume) == [0, 2]
+    again = load_file(last)
+    assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_patience_without_evaluations_is_refused(root):

@@ -1,12 +1,18 @@
-"""DeepSpeed's bf16 optimizer with its gradient taken flat, against its own way."""
+"""DeepSpeed's bf16 optimizer with its gradient taken flat, against its own way; rates of parameter groups."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import ds_tree, tiny_config, write_data
 from torch import nn
 
+from miles_fast.config import ConfigError
+from miles_fast.models.dual_encoder import build_dual_encoder
+from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training import engine as engine_module
-from miles_fast.training.engine import build_engine, check_ds_config, init_process_group
+from miles_fast.training.checkpoint import model_folder
+from miles_fast.training.engine import build_engine, check_ds_config, init_process_group, parameter_groups
+from miles_fast.training.loop import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +74,38 @@ def test_a_gradient_that_is_not_finite_still_stops_the_step(root):
     assert all(map(torch.equal, before, engine.optimizer.fp32_groups_flat_partition))
     assert all(not flat.any() for flat in engine.optimizer.fp32_groups_gradients_flat)
     engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_first_step_of_adam_is_as_long_as_lr_scale_says(root, tmp_path, stage):
+    scales = {"vid_proj.": 0.1, "video_model.blocks.": 0.5, "video_model.blocks.1.": 0.25}
+    run = {"folder": str(tmp_path / "run"), "steps": 1, "lr_scale": scales}
+    config = tiny_config(root, run=run, method={"view": "none"}, model={"attention": "sdpa"})
+    tree = ds_tree(stage=stage)
+    tree["optimizer"]["params"] |= {"weight_decay": 0.0, "eps": 1e-12}
+    pretrain(config, check_ds_config(tree, "ds", config, cuda=False, ranks=1))
+    torch.manual_seed(config.run.seed)
+    tokenizer = load_tokenizer(config.model.text.tokenizer_source)
+    start = build_dual_encoder(config.model, len(tokenizer)).state_dict()
+    end = load_file(model_folder(tmp_path / "run") / "model.safetensors")
+    expected = {**scales, "video_model.blocks.0.": 0.5, "text_model.": 1.0, "text_proj.": 1.0}
+    del expected["video_model.blocks."]
+    for prefix, scale in expected.items():
+        moved = max(float((end[n] - start[n]).abs().max()) for n in end if n.startswith(prefix))
+        assert moved == pytest.approx(1e-3 * scale, rel=1e-2), prefix
+
+
+def test_a_scale_that_would_do_nothing_is_refused(root, tmp_path):
+    def settings(scales, **changes):
+        config = tiny_config(root, run={"folder": str(tmp_path), "lr_scale": scales})
+        return check_ds_config(ds_tree() | changes, "ds.json", config, cuda=False, ranks=1)
+
+    with pytest.raises(ConfigError, match="no trained weight's name begins with 'video.'"):
+        parameter_groups(Net(), settings({"first.": 0.1, "video.": 0.1}))
+    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3}}
+    with pytest.raises(ConfigError, match="ds.json: scheduler.type = WarmupLR sets one rate"):
+        settings({"first.": 0.1}, scheduler=schedule)
+    with pytest.raises(ConfigError, match="needs optimizer.params.lr"):
+        settings({"first.": 0.1}, optimizer={"type": "AdamW"})
+    with pytest.raises(ConfigError, match="lr_scale"):
+        settings({"first.": 0.0})

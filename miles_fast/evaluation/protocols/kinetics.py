@@ -24,6 +24,8 @@ PROTOCOL = Protocol(
     read=read,
     frames=(4, 16),
     pinned={},
+    verified="nothing but the number of classes is checked: no csv was at hand, and its editions "
+    "differ in length",
     reported={
         "linear probe top-1, 400 classes": {"MILES": "64.0", "Frozen": "62.9", "MCQ": "65.6"},
         "fine-tuned top-1, 400 classes": {"MILES": "77.4", "Frozen": "76.9", "MCQ": "77.8"},

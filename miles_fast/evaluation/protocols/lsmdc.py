@@ -24,6 +24,8 @@ PROTOCOL = Protocol(
     metric="R@1 / R@5 / R@10 / median rank, text to video, of 1000 captions and 1000 clips",
     read=read,
     pinned={"test": Pinned(videos=1000, captions=1000)},
+    verified="the test set's counts, of its name and the papers; no file was at hand, and train and "
+    "val are not pinned",
     reported={
         "zero-shot": {
             "MILES": "11.1 / 24.7 / 30.6 / 50.7",

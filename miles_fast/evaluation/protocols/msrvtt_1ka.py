@@ -32,6 +32,8 @@ PROTOCOL = Protocol(
         "val": Pinned(videos=497, captions=9940),
         "train": Pinned(videos=8503, captions=170060),
     },
+    verified="counts only, of the papers (1,000 of the 10,000 videos are the test, 497 the official "
+    "validation set); no file of them was at hand",
     reported={
         "zero-shot": {
             "MILES": "26.1 / 47.2 / 56.9 / 7",

@@ -21,5 +21,6 @@ PROTOCOL = Protocol(
     "and top-5; again with the frames of each clip reversed: a model that is blind to motion scores the same",
     read=read,
     pinned={"test": Pinned(videos=24777), "train": Pinned(videos=168913)},
+    verified="counts of the data set's site; the files were not at hand",
     reported={"zero-shot, this form": {"MILES, Frozen, MCQ, UMT": "none reported"}},
 )
