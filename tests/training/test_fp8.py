@@ -133,4 +133,4 @@ def test_graphs_compute_what_the_operators_do(root, tmp_path):
     launched = train(configured(root, tmp_path / "operators"))
     assert train(configured(root, tmp_path / "graphs", cuda_graphs=True)) == launched
     compiled = train(configured(root, tmp_path / "compiled", cuda_graphs=True, compile=True))
-    assert compiled == pytest.approx(launched, abs=0.05)
+    assert compiled == pytest.approx(launched, rel=2e-2)  # bf16, rounded elsewhere

@@ -28,7 +28,9 @@ def root(tmp_path_factory):
 def train(root, name, method, *, steps=6, resume=None, deal=None, model=None, **run):
     run = {"folder": str(root / name), "steps": steps, "log_every": 1, "save_every": 3, **run}
     config = tiny_config(root, run=run, method=method, model=model or {})
-    settings = check_ds_config(ds_tree(stage=1, batch=4, bf16=True), "ds", config, cuda=True, ranks=1)
+    tree = ds_tree(stage=1, batch=4, bf16=True)
+    tree["zero_optimization"]["reduce_bucket_size"] = 10**6  # DeepSpeed's default takes a GiB
+    settings = check_ds_config(tree, "ds", config, cuda=True, ranks=1)
     pretrain(config, settings, resume=resume, **({"deal": deal} if deal else {}))
     names = ("step", "loss", "regression", "gradient_norm", "target_cosine", "target_std")
     return [[r.get(name) for name in names] for r in read_log(root / name) if "loss" in r]
