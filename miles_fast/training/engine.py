@@ -253,9 +253,9 @@ def use_flat_gradients(optimizer: Any) -> None:
         return flat if for_clipping else (flat, {})
 
     optimizer.update_hp_grads, optimizer.get_grads_for_norm = update_hp_grads, get_grads_for_norm
-    if world_size() == 1:
-        # It would join all gradients, round them to bf16 and copy them back, to sum them over one rank.
-        optimizer.get_grads_for_reduction = lambda: ([], {})
+    # Over one rank it would join all gradients, round them to bf16 and copy them back, for nothing.
+    reduced = flat if world_size() > 1 else []
+    optimizer.get_grads_for_reduction = lambda: (reduced, {})
     # Without a gradient to add to, backward hands its own over.
     optimizer.backward_prologue = partial(optimizer.clear_lp_grads, set_to_none=True)
 

@@ -3,13 +3,16 @@
 usage: ranks.py ROOT OUTPUT BATCH_PER_RANK RUNS   (RUNS like 0,1,2x2: ZeRO stage [x accumulation])
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
@@ -22,6 +25,7 @@ from miles_fast.data.order import Share  # noqa: E402
 from miles_fast.distributed import barrier, rank, sum_over_ranks, world_size  # noqa: E402
 from miles_fast.models.dual_encoder import build_dual_encoder  # noqa: E402
 from miles_fast.models.text_encoder import load_tokenizer  # noqa: E402
+from miles_fast.training import engine as engine_module  # noqa: E402
 from miles_fast.training.engine import (  # noqa: E402
     build_engine,
     check_ds_config,
@@ -53,6 +57,25 @@ def contrastive_gradient(batch: int, device: torch.device) -> list:
     own = joined[:, rank() * batch : (rank() + 1) * batch].to(device) @ projections
     contrastive_loss(own[0], own[1], ContrastConfig()).backward()
     return (sum_over_ranks(projections.grad) / world_size()).tolist()
+
+
+def bf16_run(root: Path, device: torch.device, *, flat: bool) -> dict:
+    """Norms and weights of a small net under BF16_Optimizer, its gradient flat or DeepSpeed's own way."""
+    tree = ds_tree(stage=1, batch=2, bf16=True) | {"data_types": {"grad_accum_dtype": "fp32"}}
+    settings = check_ds_config(tree, "ds", tiny_config(root), cuda=device.type == "cuda", ranks=world_size())
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    with contextlib.nullcontext() if flat else mock.patch.object(engine_module, "use_flat_gradients"):
+        engine = build_engine(net, settings)
+    draw, norms = torch.Generator().manual_seed(rank()), []
+    for _ in range(4):
+        x = torch.randn(2, 6, generator=draw).to(device, torch.bfloat16)
+        engine.backward(engine(x).float().square().sum())
+        engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+    weights = {name: tensor.tolist() for name, tensor in full_weights(engine).items()}
+    engine.destroy()
+    return {"norms": norms, "weights": weights}
 
 
 def run_stage(root: Path, stage: int, accumulation: int, batch: int, device: torch.device) -> dict:
@@ -111,7 +134,11 @@ def main() -> None:
     root, output, batch, runs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(",")
     device = init_process_group()
     torch.backends.cudnn.allow_tf32 = False  # the patches' convolution, which is to be as exact as the rest
-    results: dict = {"contrastive gradient": contrastive_gradient(batch, device)}
+    results: dict = {
+        "contrastive gradient": contrastive_gradient(batch, device),
+        "bf16 flat": bf16_run(root, device, flat=True),
+        "bf16": bf16_run(root, device, flat=False),
+    }
     for run in runs:
         stage, _, accumulation = run.partition("x")
         results[run] = run_stage(root, int(stage), int(accumulation or 1), batch, device)

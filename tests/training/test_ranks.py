@@ -57,6 +57,15 @@ def test_two_ranks_equal_one_on_the_joined_batch(results, run, same):
     assert np.isfinite(one["norms"]).all()
 
 
+def test_bf16_gradients_are_summed_flat_as_deepspeed_sums_them_one_by_one(results):
+    for flat, own in ((r["bf16 flat"], r["bf16"]) for r in results[2]):
+        np.testing.assert_allclose(flat["norms"], own["norms"], rtol=1e-6)
+        for name, weight in own["weights"].items():
+            np.testing.assert_allclose(flat["weights"][name], weight, rtol=1e-5, atol=1e-8)
+    alone, joined = results[1][0]["bf16 flat"], results[2][0]["bf16 flat"]
+    assert joined["norms"][0] != alone["norms"][0]  # the other rank's clips count
+
+
 def test_ranks_agree(results):
     first, second = (r["1"] for r in results[2])
     assert first["losses"] == second["losses"]
