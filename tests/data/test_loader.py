@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -92,6 +93,19 @@ def test_the_gpu_graph_equals_the_cpu_graph():
     gpu = augment("dali", frames, views_of(4), "jpeg", torch.device("cuda", 0))
     assert gpu.is_cuda and gpu.dtype == torch.float16
     assert (gpu.cpu().float() - augment("dali", frames, views_of(4), "jpeg")).abs().mean() < 0.04
+
+
+def test_a_far_position_is_reached_at_once_and_deals_the_same(root):
+    # Two sources whose turns, epochs and places must be known without going through a hundred million steps.
+    shards = [str(root / "train" / "*.tar")]
+    train = [{"shards": shards}, {"shards": shards, "name": "again", "weight": 0.3}]
+    config, far = tiny_config(root, data={"train": train, "evaluation": []}), 10**8
+    begun = time.perf_counter()
+    before = take(config, far - 1, 2)
+    assert time.perf_counter() - begun < 30
+    (there,) = take(config, far, 1)
+    assert there.keys == before[1].keys != before[0].keys
+    assert torch.equal(there.video_BTCHW, before[1].video_BTCHW)
 
 
 @pytest.mark.parametrize("kind", ["auto", "pil"])
