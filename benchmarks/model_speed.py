@@ -58,8 +58,7 @@ def _measure(
     if fp8:
         use_fp8(encoder, device)
     if compiled:
-        for block in encoder.blocks:
-            block.compile(dynamic=False)
+        encoder.compile_layers()
     video = torch.randn(batch, frames, 3, size, size, device=device, dtype=dtype)
     weight = torch.randn(config.model.video.width, device=device, dtype=dtype)
 

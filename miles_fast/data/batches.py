@@ -6,8 +6,9 @@ import contextlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,11 +118,9 @@ class BatchFinisher:
         self._pending.append(
             Decoding(
                 takes=takes,
-                keys=tuple(clip.key for clip in clips),
-                captions=tuple(clip.caption for clip in clips),
-                tokens_B2L=_tokens(clips),
                 masks=torch.from_numpy(masks) if masks is not None else None,
                 read_again=read_again,
+                **_said(clips),
             )
         )
 
@@ -140,19 +139,19 @@ class BatchFinisher:
         """The batch that was queued first, unless nothing of it can be read."""
         pending = self._pending.popleft()
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            keys, captions, tokens_B2L = pending.keys, pending.captions, pending.tokens_B2L
             try:
                 video = self._graph(pending.takes).collect()
             except HardwareDecodeError as error:
-                logger.warning("NVDEC failed on a batch (%s): PyAV decodes it. Clips: %s", error, keys)
+                logger.warning(
+                    "NVDEC failed on a batch (%s): PyAV decodes it. Clips: %s", error, pending.keys
+                )
                 clips = pending.read_again()
                 if not clips:
                     return
                 graph = self._graph("pixels")
                 graph.submit([clip.frames for clip in clips], [clip.view for clip in clips])
-                video, tokens_B2L = graph.collect(), _tokens(clips)
-                keys, captions = tuple(c.key for c in clips), tuple(c.caption for c in clips)
-            ids, attention = tokens_B2L.to(self._device, non_blocking=True).unbind(1)
+                video, pending = graph.collect(), replace(pending, **_said(clips))
+            ids, attention = pending.tokens_B2L.to(self._device, non_blocking=True).unbind(1)
             masks = pending.masks
             if masks is not None:
                 masks = masks.to(self._device, non_blocking=True)
@@ -163,8 +162,8 @@ class BatchFinisher:
             token_ids_BL=ids,
             attention_BL=attention,
             masked_BM=masks,
-            keys=keys,
-            captions=captions,
+            keys=pending.keys,
+            captions=pending.captions,
         )
 
     def _graph(self, takes: Input) -> Augmentation:
@@ -181,5 +180,10 @@ class BatchFinisher:
         return self._graphs[takes]
 
 
-def _tokens(clips: Sequence[Clip]) -> Tensor:
-    return torch.from_numpy(np.stack([clip.tokens for clip in clips]))
+def _said(clips: Sequence[Clip]) -> dict[str, Any]:
+    """What of `Decoding` is said of the clips."""
+    return {
+        "keys": tuple(clip.key for clip in clips),
+        "captions": tuple(clip.caption for clip in clips),
+        "tokens_B2L": torch.from_numpy(np.stack([clip.tokens for clip in clips])),
+    }

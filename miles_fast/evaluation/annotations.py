@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Captions = dict[str, list[str]]  # by video name, in the file's order
 
@@ -56,8 +56,7 @@ def msrvtt_jsfusion(path: Path) -> Captions:
     """The 1K-A csv: key, vid_key, video_id, sentence; one row a video."""
     found: Captions = {}
     for number, row in _rows(path, ("video_id", "sentence")):
-        if row["video_id"] in found:
-            raise ValueError(f"{path}: line {number}: {row['video_id']} is there twice")
+        _refuse_doubled(path, number, row["video_id"], found)
         found[row["video_id"]] = [row["sentence"]]
     return found
 
@@ -77,11 +76,12 @@ def msvd(path: Path) -> Captions:
 
 def names(path: Path) -> list[str]:
     """A split file of one name a line."""
-    found = [line.split(",")[0].strip() for _, line in _lines(path)]
-    doubled = next((name for name, times in Counter(found).items() if times > 1), None)
-    if doubled is not None:
-        raise ValueError(f"{path}: {doubled} is there twice")
-    return found
+    found: dict[str, int] = {}
+    for number, line in _lines(path):
+        name = line.split(",")[0].strip()
+        _refuse_doubled(path, number, name, found)
+        found[name] = number
+    return list(found)
 
 
 def only(captions: Captions, wanted: list[str], path: Path) -> Captions:
@@ -132,8 +132,7 @@ def ucf101_split(path: Path, classes: list[str]) -> dict[str, int]:
         if folder not in classes:
             raise ValueError(f"{path}: line {number}: {folder!r} is not a class of classInd.txt")
         label = classes.index(folder)
-        if name in found:
-            raise ValueError(f"{path}: line {number}: {name} is there twice")
+        _refuse_doubled(path, number, name, found)
         if index and index != str(label + 1):
             raise ValueError(
                 f"{path}: line {number}: {name} has class {index}, classInd.txt says {label + 1}"
@@ -153,8 +152,7 @@ def hmdb51_split(files: list[Path], part: str) -> tuple[dict[str, int], list[str
             name, _, use = line.rpartition(" ")
             if use not in ("0", "1", "2") or not name:
                 raise ValueError(f"{path}: line {number} is not `video.avi 0|1|2`: {line!r}")
-            if name.strip() in found:
-                raise ValueError(f"{path}: line {number}: {name.strip()} is there twice")
+            _refuse_doubled(path, number, name.strip(), found)
             if use == wanted:
                 found[name.strip()] = label
     return found, classes
@@ -169,8 +167,7 @@ def kinetics(path: Path) -> tuple[dict[str, int], list[str]]:
         except (ValueError, OverflowError):
             raise ValueError(f"{path}: line {number}: times are not numbers: {row}") from None
         name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-        if name in rows:
-            raise ValueError(f"{path}: line {number}: {name} is there twice")
+        _refuse_doubled(path, number, name, rows)
         rows[name] = row["label"].strip('"')
     classes = refuse_one_class(path, sorted(set(rows.values())))
     return {name: classes.index(label) for name, label in rows.items()}, classes
@@ -215,8 +212,7 @@ def choices(path: Path) -> dict[str, tuple[list[str], int]]:
             raise ValueError(f"{path}: line {number}: options must be texts: {str(options)[:60]}")
         if len(options) < 2 or not 0 <= answer < len(options):
             raise ValueError(f"{path}: line {number}: answer {answer} of {len(options)} options")
-        if name in found:
-            raise ValueError(f"{path}: line {number}: {name} is there twice")
+        _refuse_doubled(path, number, name, found)
         found[name] = options, answer
     return found
 
@@ -240,20 +236,31 @@ def _complete(path: Path, captions: Captions) -> Captions:
     return captions
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _refuse_doubled(path: Path, number: int, name: str, found: Container[str]) -> None:
+    if name in found:
+        raise ValueError(f"{path}: line {number}: {name} is there twice")
+
+
+@contextlib.contextmanager
+def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.strip()
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            yield file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 ({error}); convert it with `iconv -t utf-8`") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.strip()
 
 
 def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers and rows of a csv with a header. Raises ValueError where a needed cell is empty."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with _opened(path, newline="") as file:
             reader = csv.DictReader(file)
             if not set(needed) <= set(reader.fieldnames or ()):
                 raise ValueError(f"{path}: the header is {reader.fieldnames}; it needs {', '.join(needed)}")
@@ -262,8 +269,6 @@ def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, 
                 if not all(cells.values()):
                     raise ValueError(f"{path}: line {reader.line_num} needs {', '.join(needed)}: {cells}")
                 yield reader.line_num, cells
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 ({error}); convert it with `iconv -t utf-8`") from error
     except csv.Error as error:
         raise ValueError(f"{path}: is not csv ({error}); download it again") from error
 

@@ -18,8 +18,8 @@ BEST = "best"  # RUN/best: the model folder of the best evaluation, and best.jso
 class Verdict:
     """What an evaluation means: the best so far (`improved`), and whether the run has had its last chance."""
 
-    improved: bool
-    stop: bool
+    improved: bool = False
+    stop: bool = False
 
 
 class EarlyStopping:
@@ -50,8 +50,8 @@ class EarlyStopping:
         value = r_sum(evaluation[self._name])
         if self._best is None or value > self._best[1]:
             self._best = step, value
-            return Verdict(improved=True, stop=False)
-        return Verdict(improved=False, stop=step - self._best[0] >= self._steps)
+            return Verdict(improved=True)
+        return Verdict(stop=step - self._best[0] >= self._steps)
 
     def keep(self, student: Path, step: int, evaluation: dict[str, Any]) -> None:
         """Copy the model folder of a checkpoint to RUN/best, whole or not at all; rank 0 alone calls it."""

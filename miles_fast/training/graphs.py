@@ -39,8 +39,8 @@ def capture_passes(objective: Objective, snapshot: Snapshot | None, inputs: tupl
 
     They take inputs of these shapes only (`sample_inputs`). Weights may change, but not move: ZeRO 0 to 2.
     What the graphs hand out is overwritten by the next micro step. The contrast and all communication stay
-    outside.
-    Random numbers go on as if nothing had been captured; must be called before other threads use the device.
+    outside. Random numbers go on as if nothing had been captured; must be called before other threads use
+    the device.
     """
     module = _Encode(objective.train())
     weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}

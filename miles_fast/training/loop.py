@@ -210,7 +210,7 @@ def _evaluate(t: Training, step: int) -> tuple[Verdict, dict[str, Any]]:
         result = t.evaluate(t.engine.module.model, t.device)
     t.log.write(step, {"evaluation": result})
     if t.stopping is None:
-        return Verdict(improved=False, stop=False), result
+        return Verdict(), result
     return t.stopping.judge(step, result), result
 
 
@@ -223,7 +223,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
     engine.train()
     with contextlib.closing(t.deal(t.loader, position)) as batches:
         for step in range(first_step + 1, run.steps + 1):
-            last, verdict = step == run.steps, Verdict(improved=False, stop=False)
+            last, verdict = step == run.steps, Verdict()
             logs = step % run.log_every == 0 or step == first_step + 1 or last
             wanted = t.left_out.position(step - 1)
             ballot.cast(Vote(t.stop.signal is not None, t.saver.problem is not None, t.saver.busy))

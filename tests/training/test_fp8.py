@@ -23,14 +23,11 @@ CUDA = torch.cuda.is_available()
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """One thread (two wait for each other where cores are busy); definitions, not interpreted kernels."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Definitions, not interpreted kernels."""
     with pytest.MonkeyPatch.context() as patch:
         for op in () if CUDA else ("token_gather", "feature_regression"):
             patch.setattr(f"miles_fast.kernels.{op}.runs_triton", lambda *tensors: False)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
