@@ -65,7 +65,7 @@ def build_augmentation(
     `video` takes clips that are still encoded beside decoded ones. `num_clips` is the largest batch. Raises
     ValueError when DALI is needed and missing.
     """
-    if importlib.util.find_spec("nvidia.dali") is not None and (kind != "pil" or takes == "video"):
+    if _has_dali() and (kind != "pil" or takes == "video"):
         if takes == "video":
             return DaliVideoAugmentation(num_clips, num_frames, size, device, threads)
         return DaliAugmentation(takes, num_clips, num_frames, size, device, threads)
@@ -77,6 +77,13 @@ def build_augmentation(
     if kind == "auto":
         note_once("nvidia-dali is not installed: frames are decoded and resized by Pillow instead")
     return PillowAugmentation(num_frames, size, device)
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even a package called nvidia
+        return False
 
 
 def _crop_flip_normalise(frames: Any, inputs: Any, size: int, gpu: bool, layout: str) -> Any:

@@ -3,8 +3,10 @@
 import io
 import json
 import pickle
+import sys
 import tarfile
 import time
+import types
 
 import numpy as np
 import pytest
@@ -84,6 +86,18 @@ def test_dali_equals_pillow():
     arrays = [[np.random.default_rng(i).integers(0, 256, (40, 56, 3), dtype=np.uint8)] * 2 for i in range(4)]
     raw = [augment(kind, arrays, views_of(4), "pixels") for kind in ("dali", "pil")]
     assert (raw[0] - raw[1]).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "beside others of NVIDIA's"])
+def test_without_dali_pillow_takes_its_place(monkeypatch, others):
+    nvidia = types.ModuleType("nvidia")
+    nvidia.__path__ = []
+    monkeypatch.setitem(sys.modules, "nvidia", nvidia if others else None)
+    monkeypatch.delitem(sys.modules, "nvidia.dali", raising=False)
+    frames = [[jpeg(2 * i), jpeg(2 * i + 1)] for i in range(4)]
+    assert torch.equal(*(augment(kind, frames, views_of(4), "jpeg") for kind in ("auto", "pil")))
+    with pytest.raises(ValueError, match="data.augmentation = dali, but DALI is not installed"):
+        augment("dali", frames, views_of(4), "jpeg")
 
 
 @pytest.mark.gpu
