@@ -250,7 +250,7 @@ class RunConfig:
 
     `compile` has torch.compile fuse what lies between matrix products; `cuda_graphs` has a GPU launch the
     passes of a step as a whole (ZeRO 0 to 2). `activation_memory_budget`, with `compile`, is the share of
-    what backward needs that is kept; the rest, cheapest first, is computed again.
+    what the video encoder's backward needs that is kept; the rest, cheapest first, is computed again.
 
     `precision: fp8` (with DeepSpeed's bf16 on a GPU; H100 or later) rounds what the video blocks' qkv and MLP
     layers multiply, in the student's and the snapshot's forward passes; backward, weights and files stay as

@@ -47,9 +47,12 @@ class DualEncoder(nn.Module):
         """Rows of the word embedding."""
         return self.text_model.config.vocab_size
 
-    def compile_layers(self) -> None:
-        """Have what both towers run layer by layer compiled: worth it for thousands of clips."""
-        self.video_model.compile_layers()
+    def compile_layers(self, memory_budget: float = 1.0) -> None:
+        """Have what both towers run layer by layer compiled: worth it for thousands of clips.
+
+        `memory_budget` is the video encoder's: captions take little, and their encoder drops out.
+        """
+        self.video_model.compile_layers(memory_budget)
         for layer in self.text_model.transformer.layer:
             layer.compile(dynamic=False)
 

@@ -16,6 +16,7 @@ from miles_fast.kernels.biased_gelu import linear_gelu
 from miles_fast.kernels.fp8_linear import fp8_linear
 from miles_fast.kernels.token_gather import token_gather
 from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
+from miles_fast.models.compilation import inductor_within
 
 
 class DividedAttention(nn.Module):
@@ -193,14 +194,16 @@ class SpaceTimeTransformer(nn.Module):
         tokens_BND = patches_BND + table_TPD.flatten(0, 1)
         return torch.cat([cls_1D.expand(batch, 1, width), tokens_BND], dim=1)
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, memory_budget: float = 1.0) -> None:
         """Have the embedding and the layers compiled when they first run, anew for each shape.
 
         A layer at a time: all share one compilation. The whole tower takes four times as long to compile.
+        What `memory_budget` means: RunConfig.activation_memory_budget.
         """
-        self.embed = torch.compile(self.embed, dynamic=False)
+        backend = inductor_within(memory_budget)
+        self.embed = torch.compile(self.embed, dynamic=False, backend=backend)
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, backend=backend)
 
     def temporal_table(self, num_frames: int) -> Tensor:
         """Rows of `temporal_embed` for a clip, (T, D): the first T, or interpolated linearly beyond them."""
