@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import ds_tree, tiny_config, tiny_tree, write_data
 
@@ -169,6 +171,19 @@ def test_ablations_change_one_thing_each(root, monkeypatch):
     rows = measure_variants(chosen, str(root / "tiny.yaml"), ["model.video.width=32"], ds_tree(stage=1), 7)
     assert [row.name for row in rows] == [one.name for one in chosen]
     assert all(row.clips_per_second > 0 for row in rows)
+
+
+def test_plain_ops_keep_no_tensor(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from variants import _ops
+
+    from miles_fast.kernels import token_gather
+
+    rows = torch.zeros(2, 4, 8)
+    with _ops(plain=True):
+        token_gather.token_gather(rows, torch.arange(3).expand(2, 3).contiguous())
+        rows = weakref.ref(rows)
+        assert rows() is None
 
 
 def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch):
