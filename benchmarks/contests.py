@@ -15,6 +15,7 @@ from miles_fast.kernels import (
     biased_gelu,
     cases,
     feature_regression,
+    linear_gelu,
     space_attention,
     temporal_attention,
     token_gather,
@@ -100,6 +101,16 @@ _GELU_BACKWARD = _listed(
     (32, 16, 256, 8),
     (64, 8, 64, 4),
 )
+# (rows, columns and depth of a tile, slices, warps, stages)
+_LINEAR_GELU = _listed(
+    (128, 256, 64, 2, 8, 4),
+    (128, 256, 64, 2, 8, 3),
+    (128, 256, 128, 2, 8, 2),
+    (256, 128, 64, 2, 8, 4),
+    (256, 128, 64, 1, 8, 3),
+    (128, 128, 64, 1, 4, 4),
+    (128, 128, 64, 2, 8, 4),
+)
 _SPACE_KEY = _listed(
     (32, 128, 8, 2, 128),
     (16, 128, 8, 2, 128),
@@ -142,6 +153,14 @@ CONTESTS = {
         tables=(
             LaunchTable(name="backward", entries=biased_gelu.LAUNCH_BACKWARD, candidates=_GELU_BACKWARD),
         ),
+        key=_block_width,
+    ),
+    "linear_gelu": Contest(
+        op=linear_gelu.linear_gelu,
+        reference=linear_gelu.linear_gelu_reference,
+        rivals=_eager_and_compiled(linear_gelu.linear_gelu_reference),
+        trainer_cases=cases.LINEAR_GELU_TRAINER,
+        tables=(LaunchTable(name="forward", entries=linear_gelu.LAUNCH_FORWARD, candidates=_LINEAR_GELU),),
         key=_block_width,
     ),
     "feature_regression": Contest(

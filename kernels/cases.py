@@ -262,6 +262,63 @@ class BiasedGeluCase:
         return op(other, inputs.leaf) if self.of_bias else op(inputs.leaf, other)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearGeluCase:
+    """M rows of K numbers to D; the leaf is one of `x`, `weight` and `bias`. The bytes are a bound no product
+    of this size comes near."""
+
+    M: int
+    K: int
+    D: int
+    dtype: torch.dtype
+    leaf: str = "x"
+
+    @property
+    def name(self) -> str:
+        return f"{self.M}x{self.K}x{self.D}-{_short(self.dtype)}-{self.leaf}"
+
+    @property
+    def forward_bytes(self) -> int:
+        return (self.M * (self.K + 2 * self.D) + self.K * self.D) * self.dtype.itemsize
+
+    @property
+    def backward_bytes(self) -> int:
+        return (self.M * (2 * self.D + 2 * self.K) + 2 * self.K * self.D) * self.dtype.itemsize
+
+    def inputs(self, device: str) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        scales = {
+            "x": (1.0, self.M, self.K),
+            "weight": (2 * self.K**-0.5, self.D, self.K),
+            "bias": (1.0, self.D),
+        }
+        drawn = {
+            name: (scale * torch.randn(*shape, generator=generator)).to(device, self.dtype)
+            for name, (scale, *shape) in scales.items()
+        }
+        d_output = torch.randn(self.M, self.D, generator=generator).to(device, self.dtype)
+        leaf = drawn.pop(self.leaf).requires_grad_()
+        return Inputs(leaf=leaf, constants=tuple(drawn.values()), d_output=d_output)
+
+    def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
+        place = ("x", "weight", "bias").index(self.leaf)
+        return op(*inputs.constants[:place], inputs.leaf, *inputs.constants[place:])
+
+
+LINEAR_GELU_TRAINER = tuple(
+    LinearGeluCase(M=128 * 785, K=768, D=3072, dtype=_HALF, leaf=leaf) for leaf in ("x", "weight", "bias")
+)
+LINEAR_GELU_SMALL = tuple(
+    LinearGeluCase(M=M, K=K, D=D, dtype=dtype, leaf=leaf)
+    for leaf in ("x", "weight", "bias")
+    for M, K, D, dtype in (
+        (128, 64, 256, torch.float16),
+        (300, 72, 264, _HALF),
+        (130, 136, 520, torch.float16),
+    )
+)
+
+
 BIASED_GELU_TRAINER = (
     BiasedGeluCase(M=64 * 785, D=3072, dtype=_HALF),
     BiasedGeluCase(M=64 * 785, D=3072, dtype=_HALF, of_bias=True),

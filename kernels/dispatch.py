@@ -32,6 +32,18 @@ def jit(kernel):
     return kernel if triton is None else triton.jit(kernel)
 
 
+# The interpreter keeps a bfloat16 as its bits, and its tl.dot multiplies the bits.
+_WIDENS = tl and tl.constexpr(INTERPRETED)
+
+
+@jit
+def product(a, b, total):
+    """tl.dot added to `total` (None: nothing), in the tensors' own precision, under the interpreter too."""
+    if _WIDENS:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
 def runs_triton(*tensors: torch.Tensor) -> bool:
     """Whether an op on these floating-point tensors is launched as a Triton kernel."""
     return (

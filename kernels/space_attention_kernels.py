@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from miles_fast.kernels.dispatch import INTERPRETED, jit, tl
-
-# The interpreter keeps a bfloat16 as its bits, and its tl.dot multiplies the bits.
-_WIDENS = tl and tl.constexpr(INTERPRETED)
+from miles_fast.kernels.dispatch import jit, product, tl
 
 
 @jit
@@ -34,22 +31,15 @@ def _rows(
 
 
 @jit
-def _product(a, b, total):
-    if _WIDENS:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@jit
 def _attend(q, k, v, allowed, row_max, row_sum, out, scale, MASKED: tl.constexpr):
-    scores = _product(q, tl.trans(k), None)
+    scores = product(q, tl.trans(k), None)
     if MASKED:
         scores = tl.where(allowed, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - new_max[:, None])
     shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(weights, axis=1)
-    out = _product(weights.to(v.dtype), v, out * shrink[:, None])
+    out = product(weights.to(v.dtype), v, out * shrink[:, None])
     return new_max, row_sum, out
 
 
@@ -116,11 +106,11 @@ def attend_kernel(
 
 @jit
 def _query_gradient(q, k, v, d_out, lse, delta, allowed, d_q, scale, MASKED: tl.constexpr):
-    weights = tl.exp2(_product(q, tl.trans(k), None) * scale - lse[:, None])
+    weights = tl.exp2(product(q, tl.trans(k), None) * scale - lse[:, None])
     if MASKED:
         weights = tl.where(allowed, weights, 0.0)
-    d_scores = weights * (_product(d_out, tl.trans(v), None) - delta[:, None])
-    return _product(d_scores.to(k.dtype), k, d_q)
+    d_scores = weights * (product(d_out, tl.trans(v), None) - delta[:, None])
+    return product(d_scores.to(k.dtype), k, d_q)
 
 
 @jit
@@ -203,13 +193,13 @@ def _row_starts(row_starts_ptr, token):
 def _key_gradient(q, k, v, d_out, start, d_start, allowed, d_k, d_v, scale, MASKED: tl.constexpr):
     # Both products start from what would be subtracted from their columns, which then holds no registers.
     tile: tl.constexpr = [k.shape[0], q.shape[0]]
-    scores = _product(k, tl.trans(q), tl.broadcast_to(start[None, :], tile))
+    scores = product(k, tl.trans(q), tl.broadcast_to(start[None, :], tile))
     weights = tl.exp2(scores * scale)
     if MASKED:
         weights = tl.where(allowed, weights, 0.0)
-    d_v = _product(weights.to(d_out.dtype), d_out, d_v)
-    d_scores = weights * _product(v, tl.trans(d_out), tl.broadcast_to(d_start[None, :], tile))
-    d_k = _product(d_scores.to(q.dtype), q, d_k)
+    d_v = product(weights.to(d_out.dtype), d_out, d_v)
+    d_scores = weights * product(v, tl.trans(d_out), tl.broadcast_to(d_start[None, :], tile))
+    d_k = product(d_scores.to(q.dtype), q, d_k)
     return d_k, d_v
 
 

@@ -30,7 +30,7 @@ import functools
 import torch
 
 from miles_fast.kernels.cls_row import combine_cls_gradient, combine_cls_output
-from miles_fast.kernels.dispatch import INTERPRETED, jit, runs_triton, tl, triton
+from miles_fast.kernels.dispatch import jit, product, runs_triton, tl, triton
 from miles_fast.kernels.divided_attention import (
     check_packed_qkv,
     divided_attention_reference,
@@ -71,18 +71,10 @@ def _row_tokens(chunk, num_tokens, T: tl.constexpr, POSITIONS: tl.constexpr, ROW
 
 
 @jit
-def _product(a, b, WIDEN: tl.constexpr):
-    # The interpreter would multiply the bits of bfloat16 as integers.
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@jit
-def _attended_scores(q, k, slot, is_patch, is_cls, chunk, WIDEN: tl.constexpr):
+def _attended_scores(q, k, slot, is_patch, is_cls, chunk):
     # -inf where a query does not see a key. The CLS query sees the CLS key in one chunk only; rows without a
     # token see themselves, so that no row is empty.
-    scores = _product(q, tl.trans(k), WIDEN)
+    scores = product(q, tl.trans(k), None)
     cls_sees = is_patch | (is_cls & (chunk == 0))
     patch_sees = (slot[:, None] == slot[None, :]) | is_cls[None, :]
     return tl.where(tl.where(is_cls[:, None], cls_sees[None, :], patch_sees), scores, float("-inf"))
@@ -104,7 +96,6 @@ def _attend_kernel(
     POSITIONS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    WIDEN: tl.constexpr,
 ):
     # Heads vary fastest: programs that run together read neighbouring memory.
     pid = tl.program_id(0)
@@ -120,12 +111,12 @@ def _attend_kernel(
     k = tl.load(q_ptr + H * S, mask=inside, other=0.0)
     v = tl.load(q_ptr + 2 * H * S, mask=inside, other=0.0)
 
-    scores = _attended_scores(q, k, slot, is_patch, is_cls, chunk, WIDEN)
+    scores = _attended_scores(q, k, slot, is_patch, is_cls, chunk)
     to_log2 = SCALE * 1.4426950408889634
     highest = tl.max(scores, axis=1) * to_log2
     weights = tl.exp2(scores * to_log2 - highest[:, None])
     total = tl.sum(weights, axis=1)
-    out = _product(weights.to(v.dtype), v, WIDEN)
+    out = product(weights.to(v.dtype), v, None)
 
     out_row = out_ptr + (clip * num_tokens * (H * S) + head * S)
     out_row += token[:, None] * (H * S) + column[None, :]
@@ -157,7 +148,6 @@ def _differentiate_kernel(
     POSITIONS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    WIDEN: tl.constexpr,
     WITH_BIAS: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -186,12 +176,12 @@ def _differentiate_kernel(
     cls_delta = tl.sum(cls_out * cls_d_out, axis=0)
     cls_lse = tl.load(lse_ptr + clip * H + head)
 
-    scores = _attended_scores(q, k, slot, is_patch, is_cls, chunk, WIDEN)
+    scores = _attended_scores(q, k, slot, is_patch, is_cls, chunk)
     to_log2 = SCALE * 1.4426950408889634
     highest = tl.max(scores, axis=1) * to_log2
     weights = tl.exp2(scores * to_log2 - tl.where(is_cls, cls_lse, highest)[:, None])
     weights *= tl.where(is_cls, 1.0, 1.0 / tl.sum(weights, axis=1))[:, None]
-    d_weights = _product(d_out, tl.trans(v), WIDEN)
+    d_weights = product(d_out, tl.trans(v), None)
     delta = tl.where(is_cls, cls_delta, tl.sum(weights * d_weights, axis=1))
     d_scores = (weights * (d_weights - delta[:, None]) * SCALE).to(q.dtype)
 
@@ -201,17 +191,17 @@ def _differentiate_kernel(
     is_partial = is_cls[:, None] & inside
     # Rows without a token have no gradient, so that whole columns are summed.
     bias_partial_ptr += share + column
-    d_v = _product(tl.trans(weights.to(q.dtype)), d_out, WIDEN)
+    d_v = product(tl.trans(weights.to(q.dtype)), d_out, None)
     tl.store(d_qkv_ptr + qkv_offset + 2 * H * S, d_v, mask=stored)
     tl.store(partial + 2 * S, d_v, mask=is_partial)
     if WITH_BIAS:
         tl.store(bias_partial_ptr + 2 * S, tl.sum(d_v, axis=0), mask=column < S)
-    d_k = _product(tl.trans(d_scores), q, WIDEN)
+    d_k = product(tl.trans(d_scores), q, None)
     tl.store(d_qkv_ptr + qkv_offset + H * S, d_k, mask=stored)
     tl.store(partial + S, d_k, mask=is_partial)
     if WITH_BIAS:
         tl.store(bias_partial_ptr + S, tl.sum(d_k, axis=0), mask=column < S)
-    d_q = _product(d_scores, k, WIDEN)
+    d_q = product(d_scores, k, None)
     tl.store(d_qkv_ptr + qkv_offset, d_q, mask=stored)
     tl.store(partial, d_q, mask=is_partial)
     if WITH_BIAS:
@@ -244,7 +234,6 @@ def _divide_positions(
         "POSITIONS": positions,
         "ROWS": max(16, triton.next_power_of_2(positions * T + 1)),
         "BLOCK_S": block_s,
-        "WIDEN": INTERPRETED,
         "num_warps": num_warps,
     }
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miles_fast.config import VideoEncoderConfig
-from miles_fast.kernels.biased_gelu import linear_gelu
 from miles_fast.kernels.fp8_linear import fp8_linear
+from miles_fast.kernels.linear_gelu import linear_gelu
 from miles_fast.kernels.token_gather import token_gather
 from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
 from miles_fast.models.compilation import inductor_within

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from miles_fast.kernels import cases
-from miles_fast.kernels.biased_gelu import biased_gelu, biased_gelu_reference, linear_gelu
+from miles_fast.kernels.biased_gelu import biased_gelu, biased_gelu_reference
 from miles_fast.kernels.dispatch import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,17 +21,6 @@ def test_keeps_the_error_rule(case):
 @pytest.mark.parametrize("case", cases.BIASED_GELU_TRAINER, ids=lambda case: case.name)
 def test_keeps_the_error_rule_at_the_trainers_shapes(case):
     assert cases.violations(case, biased_gelu, biased_gelu_reference, "cuda") == []
-
-
-def test_is_a_linear_layer_and_its_gelu():
-    layer = torch.nn.Linear(6, 10).to(DEVICE)
-    x = torch.randn(3, 5, 6, device=DEVICE, requires_grad=True)
-    leaves = (x, layer.weight, layer.bias)
-    weight = torch.randn(3, 5, 10, device=DEVICE)
-    found, expected = linear_gelu(*leaves), F.gelu(layer(x))
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad((out * weight).sum(), leaves) for out in (found, expected)]
-    torch.testing.assert_close(*gradients)
 
 
 def test_takes_a_strided_gradient_and_no_rows():
@@ -57,7 +46,7 @@ def test_traces_as_one_graph(backend):
     def layer(x, weight, bias):
         return biased_gelu(F.linear(x, weight, bias.detach()), bias)
 
-    ops = (torch.compile(layer, backend=backend, fullgraph=True), linear_gelu)
+    ops = (torch.compile(layer, backend=backend, fullgraph=True), layer)
     results = [torch.autograd.grad(op(*leaves).square().sum(), leaves) for op in ops]
     torch.testing.assert_close(*results)
 

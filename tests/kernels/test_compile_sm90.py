@@ -20,6 +20,7 @@ from miles_fast.kernels import (  # noqa: E402
     biased_gelu,
     cls_row,
     feature_regression,
+    linear_gelu,
     space_attention,
     space_attention_kernels,
     temporal_attention,
@@ -39,6 +40,7 @@ class Compilation:
     constants: dict
     num_warps: int
     max_registers: int
+    num_stages: int = 3
     maxnreg: int | None = None
     vector_accesses: bool = True
     tensor_cores: bool = False
@@ -149,8 +151,40 @@ def _compilations():
             max_registers=128,
         ),
     )
+    yield from _linear_gelu_compilations()
     yield from _temporal_attention_compilations()
     yield from _space_attention_compilations()
+
+
+def _linear_gelu_compilations():
+    rows, columns, depth, slices, num_warps, stages = linear_gelu.LAUNCH_FORWARD[4096]
+    end = f"tensordesc<bf16[{rows}, {columns // slices}]>"
+    for keep in (False, True):
+        yield (
+            f"linear_gelu-{'training' if keep else 'snapshot'}",
+            Compilation(
+                kernel=linear_gelu._linear_gelu_kernel,
+                pointers={
+                    "x_desc": f"tensordesc<bf16[{rows}, {depth}]>",
+                    "weight_desc": f"tensordesc<bf16[{columns}, {depth}]>",
+                    "bias_ptr": "*bf16",
+                    "hidden_desc": end,
+                    "out_desc": end,
+                },
+                constants={
+                    "BLOCK_M": rows,
+                    "BLOCK_D": columns,
+                    "BLOCK_K": depth,
+                    "SLICES": slices,
+                    "KEEP": keep,
+                },
+                num_warps=num_warps,
+                num_stages=stages,
+                max_registers=255,
+                vector_accesses=False,  # but for the bias, bulk copies
+                tensor_cores=True,
+            ),
+        )
 
 
 def _temporal_attention_compilations():
@@ -257,14 +291,14 @@ def _compile(compilation):
         real = name in ("weight", "scale", "d_scale")
         signature[name] = compilation.pointers.get(name, "fp32" if real else "i32")
         by_sixteen = (
-            name in compilation.pointers
+            name.endswith("_ptr")
             or name in ("D", "S", "count")
             or name.endswith(("stride_clip", "stride_row"))
         )
         if by_sixteen or name in ("stride_clip", "stride_row"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=compilation.constants, attrs=attributes)
-    options = {"num_warps": compilation.num_warps, "maxnreg": compilation.maxnreg}
+    options = {name: getattr(compilation, name) for name in ("num_warps", "num_stages", "maxnreg")}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -302,6 +336,7 @@ def test_every_kernel_is_compiled():
             token_gather,
             token_index,
             biased_gelu,
+            linear_gelu,
             feature_regression,
             temporal_attention,
             space_attention,

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miles_fast.kernels.biased_gelu import biased_gelu, linear_gelu
+from miles_fast.kernels.biased_gelu import biased_gelu
 from miles_fast.kernels.dispatch import INTERPRETED
 from miles_fast.kernels.fp8_linear import fp8_linear, fp8_linear_reference, quantized_rows
+from miles_fast.kernels.linear_gelu import linear_gelu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16
