@@ -6,7 +6,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from miles_fast.config import Config, parse_config
@@ -33,6 +32,8 @@ def write_frames(
     folder: Path, count: int, *, shards: int = 2, frames: int = 4, checksums: bool = True
 ) -> list[Path]:
     """Frame shards of `count` samples; sample i has key f'{i:04d}'."""
+    import webdataset  # imports torch, which reading processes that draw `joined_masks` need not
+
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for shard in range(shards):
