@@ -31,11 +31,17 @@ CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # an environment wh
 # What imports look at: programs that differ in one of them have different servers.
 LOOKED_AT = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
+# What a launcher tells a rank; an engine test in this process may have set them.
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NOTHING: dict[str, str] = {}
+
 
 class Program:
     """A Python script that runs in a session of its own; what it prints goes to files."""
 
-    def __init__(self, *command: str, env: dict[str, str], cwd: Path = ROOT) -> None:
+    def __init__(self, *command: str, env: dict[str, str] = NOTHING, cwd: Path = ROOT) -> None:
+        kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+        env = kept | {"PYTHONPATH": str(ROOT)} | env
         self._printed = [tempfile.TemporaryFile() for _ in range(2)]
         self._told, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = json.dumps({"command": command, "env": env, "cwd": str(cwd)}).encode()
@@ -71,9 +77,9 @@ class Program:
         return tuple(os.pread(file, size, 0).decode() for file, size in files)
 
 
-def run(*command: str, env: dict[str, str], cwd: Path = ROOT, timeout: float = 200):
+def run(*command: str, cwd: Path = ROOT, timeout: float = 200) -> subprocess.CompletedProcess:
     """Run a script to its end, as subprocess.run does with its output captured."""
-    program = Program(*command, env=env, cwd=cwd)
+    program = Program(*command, cwd=cwd)
     try:
         return subprocess.CompletedProcess(command, program.wait(timeout), *program.printed())
     finally:
@@ -83,7 +89,7 @@ def run(*command: str, env: dict[str, str], cwd: Path = ROOT, timeout: float = 2
 class Ranks:
     """Ranks of one run, each a program."""
 
-    def __init__(self, ranks: int, *command: str, env: dict[str, str]) -> None:
+    def __init__(self, ranks: int, *command: str, env: dict[str, str] = NOTHING) -> None:
         group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         numbers = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
         self.programs = [Program(*command, env=env | group | number) for number in numbers]

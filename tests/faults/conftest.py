@@ -41,7 +41,6 @@ def start(root):
     """Start a tiny run: `start(folder, ranks, '--steps', '4', ...)`."""
 
     def run(folder: Path, ranks: int, *arguments: str) -> Ranks:
-        env = {**os.environ, **CPU, "OMP_NUM_THREADS": "1"}
-        return Ranks(ranks, str(SCRIPT), str(root), str(folder), *arguments, env=env)
+        return Ranks(ranks, str(SCRIPT), str(root), str(folder), *arguments, env=CPU)
 
     return run

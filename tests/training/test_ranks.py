@@ -1,7 +1,6 @@
 """Two ranks against one on the joined batch; ZeRO 0 to 3 against each other: gloo, and NCCL on two GPUs."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,12 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 def results(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("ranks")
     write_data(root)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | (CPU if request.param == "cpu" else {})
     found = {}
     for ranks, batch, runs in ((1, 6, "1,1x2"), (2, 3, "0,1,2,3,3x2")):
         output = root / f"out{ranks}"
         output.mkdir()
-        run = Ranks(ranks, str(SCRIPT), str(root), str(output), str(batch), runs, env=environment)
+        command = (str(SCRIPT), str(root), str(output), str(batch), runs)
+        run = Ranks(ranks, *command, env=CPU if request.param == "cpu" else {})
         assert run.wait(280) == [0] * ranks, run.errors
         found[ranks] = [json.loads((output / f"rank{r}.json").read_text()) for r in range(ranks)]
         assert {result["device"] for result in found[ranks]} == {request.param}
