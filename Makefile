@@ -16,7 +16,7 @@ demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python launch/demo.py
 
 test: .venv/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(if $(GPU),,-n 2 --dist loadfile)
 
 faults: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/faults/table.py $(FAULTS)

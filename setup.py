@@ -42,7 +42,7 @@ setup(
         "remote": REMOTE,
         "search": SEARCH,
         "test": [
-            *("pytest", "pytest-timeout", "ruff", "moto[s3]>=5,<6", "flask", "flask-cors"),
+            *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "moto[s3]>=5,<6", "flask", "flask-cors"),
             *(*REMOTE, *ONNX, *SEARCH),
         ],
     },

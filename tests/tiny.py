@@ -6,7 +6,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from miles_fast.config import Config, parse_config
@@ -33,6 +32,8 @@ def write_frames(
     folder: Path, count: int, *, shards: int = 2, frames: int = 4, checksums: bool = True
 ) -> list[Path]:
     """Frame shards of `count` samples; sample i has key f'{i:04d}'."""
+    import webdataset  # imports torch, which reading processes that draw masks from here need not
+
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for shard in range(shards):
@@ -105,6 +106,11 @@ def joined_masks(config: Config, batch: int, rank: int, ranks: int, micro_step: 
 
     joined = draw_step_masks(config, batch * ranks, 0, micro_step)
     return joined[rank * batch : (rank + 1) * batch]
+
+
+def numbered_masks(batch: int, micro_step: int) -> np.ndarray:
+    """Masks that name their step."""
+    return np.full((batch, 1), micro_step)
 
 
 def ds_tree(stage: int = 0, batch: int = 4, accumulation: int = 1, bf16: bool = False) -> dict:

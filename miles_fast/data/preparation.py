@@ -161,8 +161,8 @@ def _claimed(output: Path, plan: dict) -> Iterator[None]:
             for left_by_a_killed_one in folder.glob(".*.partial"):
                 if left_by_a_killed_one.is_dir():
                     shutil.rmtree(left_by_a_killed_one)
-                else:
-                    left_by_a_killed_one.unlink()
+                else:  # its workers may be ending just now, and remove it themselves
+                    left_by_a_killed_one.unlink(missing_ok=True)
         yield
 
 

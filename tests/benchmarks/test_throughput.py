@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fork_server import run
 from tiny import ds_tree, tiny_config, tiny_tree, write_data
 
 from miles_fast.data.demo_corpus import Recipe, build_demo_corpus
@@ -37,11 +36,11 @@ def doctor(monkeypatch):
 
 
 def throughput(root, what, *options):
-    command = [sys.executable, str(BENCHMARKS / "throughput.py"), what, "--batches", "3"]
+    command = [str(BENCHMARKS / "throughput.py"), what, "--batches", "3"]
     files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
-    run = subprocess.run([*command, *files, *options], capture_output=True, text=True, timeout=250, cwd=root)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
+    done = run(*command, *files, *options, cwd=root, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def call(root, what, *options):
@@ -147,8 +146,8 @@ def test_step_and_its_parts(root):
 
 
 def test_a_profile_names_the_host_operators(root):
-    run = throughput(root, "step", "--profile", "2", "--json", str(root / "parts.json"))
-    assert "host, profiled" in run and "aten::" in run
+    printed = throughput(root, "step", "--profile", "2", "--json", str(root / "parts.json"))
+    assert "host, profiled" in printed and "aten::" in printed
     assert "parts" in json.loads((root / "parts.json").read_text())
 
 

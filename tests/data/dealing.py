@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from tiny import tiny_config
+from tiny import numbered_masks, tiny_config
 
 from miles_fast.config import Config
 from miles_fast.data.batches import Batch, Quarantine
@@ -31,12 +30,8 @@ def build_loader(config: Config, **share) -> Loader:
         seed=5,
         device=torch.device("cpu"),
         quarantine=Quarantine(None),
-        draw_masks=partial(_numbered, share.get("batch", 4)),
+        draw_masks=partial(numbered_masks, share.get("batch", 4)),
     )
-
-
-def _numbered(batch: int, micro_step: int) -> np.ndarray:
-    return np.full((batch, 1), micro_step)
 
 
 def take(config: Config, first: int, count: int, **share) -> list[Batch]:

@@ -1,16 +1,12 @@
 """Embeddings in use: of paths, patches and words; of whole sets, killed and resumed; searched."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fork_server import Program, run
 from PIL import Image
 from tiny import caption, write_frames
 
@@ -29,8 +25,6 @@ from miles_fast.export.embedding_set import (
     fingerprint,
     read_set,
 )
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -107,26 +101,16 @@ def test_a_set_goes_on_after_its_last_whole_part(model, shards, tmp_path):
 
 
 def test_killed_at_any_moment_nothing_is_lost(ours, model, shards, tmp_path):
-    command = [
-        sys.executable,
-        "launch/embed.py",
-        str(ours),
-        "--shards",
-        str(shards / "*.tar"),
-        "--workers",
-        "1",
-    ]
+    command = ["launch/embed.py", str(ours), "--shards", str(shards / "*.tar"), "--workers", "1"]
     command += ["--output", str(tmp_path), "--part-size", "5", "--batch", "3", "--caption-tokens", "8"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    killed = Program(*command)
     deadline = time.monotonic() + 120
     while not (tmp_path / "part-00000.npz").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "21 clips" in run.stdout and "{'not decodable': 2}" in run.stdout
+    killed.kill()
+    done = run(*command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "21 clips" in done.stdout and "{'not decodable': 2}" in done.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["clips"], summary["unreadable"], summary["batch"]) == (21, {"not decodable": 2}, 3)
     found = read_set(tmp_path)

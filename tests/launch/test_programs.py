@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fork_server import LAUNCHERS, ROOT, free_port, run
 from safetensors.torch import load_file
 from tiny import ds_tree, tiny_tree, write_data
 
@@ -23,17 +24,11 @@ from miles_fast.models.storage import write_model
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import model_folder
 
-ROOT = Path(__file__).parents[2]
 
-
-def call(*command, check=True, cwd=ROOT):
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)  # an engine test in this process may have set them
-    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
-    assert not check or run.returncode == 0, run.stderr[-3000:]
-    return run
+def call(*command, check=True):
+    done = run(*command)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +41,24 @@ def experiment(tmp_path_factory):
 
 
 def test_train_export_and_evaluate(experiment):
-    launcher = ("deepspeed", "--num_gpus", "1", "--master_port", "29611", "launch/pretrain.py")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
+    for name in LAUNCHERS:
+        environment.pop(name, None)
+    launcher = ("deepspeed", "--num_gpus", "1", "--master_port", str(free_port()), "launch/pretrain.py")
     files = ("--ds_config", str(experiment / "ds.json"), "--config", str(experiment / "tiny.yaml"))
-    call(*launcher, *files, "run.steps=2", "run.save_every=2")
+    command = (*launcher, *files, "run.steps=2", "run.save_every=2")
+    launched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert launched.returncode == 0, launched.stderr[-3000:]
     assert (experiment / "run" / "checkpoints" / "latest").read_text() == "step-00000002\n"
     exported = experiment / "exported"
-    call(sys.executable, "launch/export.py", str(experiment / "run"), "--output", str(exported))
-    run = call(sys.executable, "launch/report.py", str(experiment / "run"), "--maps", "1")
+    call("launch/export.py", str(experiment / "run"), "--output", str(exported))
+    run = call("launch/report.py", str(experiment / "run"), "--maps", "1")
     assert "report.html: 0." in run.stdout and (experiment / "run" / "report.html").is_file()
     assert (exported / "model.safetensors").is_file()
     shards = str(experiment / "heldout" / "*.tar")
     run = call(
-        *(sys.executable, "launch/evaluate.py", str(exported), "--shards", shards, "--frames", "2"),
+        *("launch/evaluate.py", str(exported), "--shards", shards, "--frames", "2"),
         *("--caption-tokens", "8", "--json", str(experiment / "metrics.json")),
     )
     assert "text to video" in run.stdout and "chance" in run.stdout
@@ -75,7 +76,7 @@ def test_finetune_a_model_and_evaluate_its_best_by_a_protocol(experiment, tmp_pa
     tree |= {"run": run, "method": {"view": "none"}}
     del tree["model"]
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(tree))
-    finetune = (sys.executable, "launch/finetune.py", "--ds_config", str(experiment / "ds.json"))
+    finetune = ("launch/finetune.py", "--ds_config", str(experiment / "ds.json"))
     finetune += ("--config", str(tmp_path / "finetune.yaml"))
     call(*finetune, "--model", str(start), "run.freeze=[video_model.patch_embed]", "model.attention=sdpa")
     best = tmp_path / "run" / "best"
@@ -95,7 +96,7 @@ def test_finetune_a_model_and_evaluate_its_best_by_a_protocol(experiment, tmp_pa
         {"clip_name": f"{n}.mp4", "options": ["a dog moves", "a cat moves"], "answer": 0} for n in (1, 2)
     ]
     (data / "ssv2_mc_val.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    protocol = (sys.executable, "launch/evaluate.py", str(best), "--protocol", "ssv2_mc", "--data", str(data))
+    protocol = ("launch/evaluate.py", str(best), "--protocol", "ssv2_mc", "--data", str(data))
     result = tmp_path / "result.json"
     shown = call(*protocol, "--no-cache", "--workers", "1", "--json", str(result)).stdout
     assert "ssv2_mc, 1 videos" in shown and "1 videos cannot be read and are not scored" in shown
@@ -156,7 +157,7 @@ def test_finetuning_starts_from_a_foreign_file(experiment, elsewhere, tmp_path):
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(tree))
     run = tmp_path / "run"
     call(
-        *(sys.executable, "launch/finetune.py", "--ds_config", str(experiment / "ds.json")),
+        *("launch/finetune.py", "--ds_config", str(experiment / "ds.json")),
         *("--config", str(tmp_path / "finetune.yaml"), "--model", str(elsewhere[1])),
         *("--tokenizer", str(experiment / "tokenizer"), f"run.folder={run}", "run.steps=1"),
         *("run.freeze=[text_model,video_model]", "model.attention=sdpa"),
@@ -200,6 +201,6 @@ def grey_video():
     ],
 )
 def test_mistakes_are_one_line_not_a_traceback(command, message):
-    run = call(sys.executable, *command, check=False)
+    run = call(*command, check=False)
     assert run.returncode == 1
     assert message in run.stderr and "Traceback" not in run.stderr

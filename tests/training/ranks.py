@@ -1,4 +1,4 @@
-"""Run under torch.distributed.run: losses, snapshot and weights of tiny runs for several ZeRO stages.
+"""One rank (RANK, WORLD_SIZE and so on are set): losses, snapshot and weights of tiny runs at ZeRO stages.
 
 usage: ranks.py ROOT OUTPUT BATCH_PER_RANK RUNS   (RUNS like 0,1,2x2: ZeRO stage [x accumulation])
 """
@@ -135,6 +135,7 @@ def main() -> None:
     device = init_process_group()
     torch.backends.cudnn.allow_tf32 = False  # the patches' convolution, which is to be as exact as the rest
     results: dict = {
+        "device": device.type,
         "contrastive gradient": contrastive_gradient(batch, device),
         "bf16 flat": bf16_run(root, device, flat=True),
         "bf16": bf16_run(root, device, flat=False),

@@ -1,13 +1,11 @@
 """Two ranks against one on the joined batch; ZeRO 0 to 3 against each other: gloo, and NCCL on two GPUs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fork_server import CPU, Ranks
 from tiny import write_data
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -20,24 +18,15 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 def results(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("ranks")
     write_data(root)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if request.param == "cpu":
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("RANK", None)
     found = {}
     for ranks, batch, runs in ((1, 6, "1,1x2"), (2, 3, "0,1,2,3,3x2")):
         output = root / f"out{ranks}"
         output.mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        run = subprocess.run(
-            [*command, str(SCRIPT), str(root), str(output), str(batch), runs],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
+        command = (str(SCRIPT), str(root), str(output), str(batch), runs)
+        run = Ranks(ranks, *command, env=CPU if request.param == "cpu" else {})
+        assert run.wait(280) == [0] * ranks, run.errors
         found[ranks] = [json.loads((output / f"rank{r}.json").read_text()) for r in range(ranks)]
+        assert {result["device"] for result in found[ranks]} == {request.param}
     return found
 
 
