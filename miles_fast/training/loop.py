@@ -197,7 +197,6 @@ def _keep_start(t: Training) -> None:
     verdict, result = _evaluate(t, 0)
     assert verdict.improved
     t.saver.start(0, t.left_out.ranges)
-    t.saver.settle()
     keep_best(t, 0, result)
 
 
@@ -262,9 +261,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 verdict, result = _evaluate(t, step)
                 meter.pause()
             ends = last or verdict.stop
-            save_if_due(t, step, vote, last=ends, wait=ends or verdict.improved)
-            if verdict.improved:
-                keep_best(t, step, result)
+            save_if_due(t, step, vote, last=ends, best=result if verdict.improved else None)
             if verdict.stop:
                 logger.info("no better evaluation for %d evaluations: stopped", run.patience)
                 break
