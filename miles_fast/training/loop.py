@@ -49,6 +49,7 @@ from miles_fast.training.saving import Saver
 from miles_fast.training.signals import Ballot, StopRequest, Vote
 from miles_fast.training.snapshot import Snapshot
 from miles_fast.training.watchdog import Watchdog
+from miles_fast.training.whole_student import WholeStudent
 
 
 def pretrain(
@@ -95,6 +96,7 @@ def pretrain(
         )
     if config.run.compile:
         compile_passes(objective, snapshot, config.run.activation_memory_budget)
+    student = WholeStudent(objective.model, settings.stage if evaluate else 0)
     engine = build_engine(objective, settings)
     torch.manual_seed(config.run.seed + 1 + rank())
     if checkpoint:
@@ -137,6 +139,7 @@ def pretrain(
         config=config,
         settings=settings,
         engine=engine,
+        student=student,
         snapshot=snapshot,
         loader=loader,
         deal=deal,
@@ -205,7 +208,7 @@ def _evaluate(t: Training, step: int) -> tuple[Verdict, dict[str, Any]]:
     assert t.evaluate is not None
     # Its last batch is smaller: not worth compiling for.
     with torch.compiler.set_stance("force_eager"):
-        result = t.evaluate(t.engine.module.model, t.device)
+        result = t.evaluate(t.student.gather(), t.device)
     t.log.write(step, {"evaluation": result})
     if t.stopping is None:
         return Verdict(), result

@@ -25,6 +25,7 @@ from miles_fast.training.saving import Saver
 from miles_fast.training.signals import Stopped, StopRequest, Vote
 from miles_fast.training.snapshot import Snapshot
 from miles_fast.training.watchdog import Watchdog
+from miles_fast.training.whole_student import WholeStudent
 
 Evaluate = Callable[[DualEncoder, torch.device], dict[str, Any]]
 Deal = Callable[[Loader, int], Generator[Batch, None, None]]
@@ -37,6 +38,7 @@ class Training:
     config: Config
     settings: EngineSettings
     engine: Any
+    student: WholeStudent
     snapshot: Snapshot | None
     loader: Loader
     deal: Deal
