@@ -32,6 +32,8 @@ def inject(fault: str, steps: int, note: Path):
     """A `deal` for `pretrain` that notes the keys and brings in `kind:step:rank` (kind:step-step:rank)."""
     kind, when, who = fault.split(":") if fault else ("", "0", "0")
     first, last = (int(part) for part in (when.split("-") * 2)[:2])
+    if kind == "int":  # which a shell has its background ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def deal(loader, first_step):
         accumulation = loader.share.accumulation
@@ -50,6 +52,8 @@ def inject(fault: str, steps: int, note: Path):
                     os.kill(os.getpid(), signal.SIGTERM)
                 elif kind == "usr1":
                     os.kill(os.getpid(), signal.SIGUSR1)
+                elif kind == "int":
+                    os.kill(os.getpid(), signal.SIGINT)
             with open(note, "a") as file:
                 file.write(json.dumps({"data": step, "keys": batch.keys}) + "\n")
             yield batch
