@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from miles_fast.distributed import logger, world_size
+from miles_fast.distributed import logger, rank, world_size
 
 STOPPED = 75  # exit code of a run that a signal stopped after a checkpoint (EX_TEMPFAIL: start it again)
 HUNG = 76  # exit code of a run in which a rank hangs or is gone
@@ -65,8 +65,9 @@ class StopRequest:
         self.signal = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-            # Not through a buffer: what was interrupted may be writing to it.
-            os.write(2, b"\nCtrl-C: a checkpoint is made after this step; again ends the run at once\n")
+            if rank() == 0:
+                # Not through a buffer: what was interrupted may be writing to it.
+                os.write(2, b"\nCtrl-C: a checkpoint is made after this step; again ends the run at once\n")
 
 
 class Vote(NamedTuple):
