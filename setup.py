@@ -31,7 +31,7 @@ setup(
         "pillow",
         "pydantic>=2",
         "pyyaml",
-        "safetensors",
+        "safetensors>=0.8",  # the first whose save_file lets other threads run while it writes
         "tensorboard",
         "tqdm",
     ],

@@ -9,6 +9,7 @@ python benchmarks/throughput.py decoders --videos TAR ...   the loader by layout
 python benchmarks/throughput.py curves                      the loss as configured and as published; [--fp8]
 python benchmarks/throughput.py spoiled                     the loader where samples are unusable
 python benchmarks/throughput.py scaling [--gpus 1 2]        whole runs on so many GPUs of this host
+python benchmarks/throughput.py saves [--saves 4]           what checkpoints cost a run
 
 Each stands beside what people would otherwise use, measured in the same run. Any config: [--config FILE]
 [--ds_config FILE] [section.key=value ...].
@@ -34,6 +35,8 @@ from loader_inputs import time_decoders, time_spoiled
 from loader_rivals import clips_per_second, torch_dataloader, webdataset_pillow
 from loader_stages import WARMUP, measure_loader
 from result_page import write_page
+from saves import measure_saves
+from saves import table as saves_table
 from scaling import measure_scaling
 from scaling import table as scaling_table
 from step_parts import host_table, idle_table, parts_of, table
@@ -165,6 +168,15 @@ def scale(config: Config, settings: EngineSettings, options: argparse.Namespace)
     return [asdict(row) for row in rows]
 
 
+def time_saves(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
+    """A run's steps beside its checkpoints, against its other steps."""
+    init_process_group()
+    tree = json.loads(Path(options.ds_config).read_text())
+    found = measure_saves(options.config, options.overrides, tree, options.batches, options.saves)
+    print(saves_table(found))
+    return asdict(found)
+
+
 PROGRAMS: dict[str, Callable[..., Any]] = {
     "model": time_model,
     "step": time_step,
@@ -174,6 +186,7 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "decoders": compare_decoders,
     "spoiled": spoil,
     "scaling": scale,
+    "saves": time_saves,
 }
 
 
@@ -195,6 +208,7 @@ def main() -> None:
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="decoders: keep what is prepared here")
     parser.add_argument("--rival-seconds", type=float, default=10.0, help="for each rival or decoder")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2], metavar="N", help="for scaling")
+    parser.add_argument("--saves", type=int, default=4, help="saves: so many among the --batches steps")
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument("--alone", action="store_true", help="step: nothing beside it")
     beside.add_argument("--ablate", action="store_true", help="step: each optimisation switched off in turn")

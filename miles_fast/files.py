@@ -56,7 +56,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         os.replace(partial, folder)
     except OSError as error:
         raise OSError(
-            error.errno, f"{folder}: cannot be written ({error.strerror}); nothing was changed"
+            error.errno, f"{folder}: cannot be written ({error.strerror or error}); nothing was changed"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -35,6 +35,7 @@ class EarlyStopping:
         self._run, self._name = run, name
         self._steps = patience * evaluate_every
         self._best: tuple[int, float] | None = None
+        self._before = self._best
         record = run / BEST / "best.json"
         if record.is_file():
             best = json.loads(record.read_text())
@@ -49,9 +50,17 @@ class EarlyStopping:
         """The verdict on the evaluation after `step`."""
         value = r_sum(evaluation[self._name])
         if self._best is None or value > self._best[1]:
-            self._best = step, value
+            self._before, self._best = self._best, (step, value)
             return Verdict(improved=True)
         return Verdict(stop=step - self._best[0] >= self._steps)
+
+    def lost(self, step: int) -> None:
+        """The best model, after `step`, could not be kept: another one has to beat what was best before it.
+
+        But for the start (step 0), which is still where it came from: nothing worse is kept.
+        """
+        if step:
+            self._best = self._before and (step, self._before[1])
 
     def keep(self, student: Path, step: int, evaluation: dict[str, Any]) -> None:
         """Copy the model folder of a checkpoint to RUN/best, whole or not at all; rank 0 alone calls it."""

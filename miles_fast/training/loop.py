@@ -49,6 +49,7 @@ from miles_fast.training.saving import Saver
 from miles_fast.training.signals import Ballot, StopRequest, Vote
 from miles_fast.training.snapshot import Snapshot
 from miles_fast.training.watchdog import Watchdog
+from miles_fast.training.whole_student import WholeStudent
 
 
 def pretrain(
@@ -95,6 +96,7 @@ def pretrain(
         )
     if config.run.compile:
         compile_passes(objective, snapshot, config.run.activation_memory_budget)
+    student = WholeStudent(objective.model, settings.stage if evaluate else 0)
     engine = build_engine(objective, settings)
     torch.manual_seed(config.run.seed + 1 + rank())
     if checkpoint:
@@ -137,6 +139,7 @@ def pretrain(
         config=config,
         settings=settings,
         engine=engine,
+        student=student,
         snapshot=snapshot,
         loader=loader,
         deal=deal,
@@ -197,7 +200,6 @@ def _keep_start(t: Training) -> None:
     verdict, result = _evaluate(t, 0)
     assert verdict.improved
     t.saver.start(0, t.left_out.ranges)
-    t.saver.settle()
     keep_best(t, 0, result)
 
 
@@ -206,7 +208,7 @@ def _evaluate(t: Training, step: int) -> tuple[Verdict, dict[str, Any]]:
     assert t.evaluate is not None
     # Its last batch is smaller: not worth compiling for.
     with torch.compiler.set_stance("force_eager"):
-        result = t.evaluate(t.engine.module.model, t.device)
+        result = t.evaluate(t.student.gather(), t.device)
     t.log.write(step, {"evaluation": result})
     if t.stopping is None:
         return Verdict(), result
@@ -262,9 +264,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 verdict, result = _evaluate(t, step)
                 meter.pause()
             ends = last or verdict.stop
-            save_if_due(t, step, vote, last=ends, wait=ends or verdict.improved)
-            if verdict.improved:
-                keep_best(t, step, result)
+            save_if_due(t, step, vote, last=ends, best=result if verdict.improved else None)
             if verdict.stop:
                 logger.info("no better evaluation for %d evaluations: stopped", run.patience)
                 break

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from miles_fast.training.saving import Saver
 from miles_fast.training.signals import Stopped, StopRequest, Vote
 from miles_fast.training.snapshot import Snapshot
 from miles_fast.training.watchdog import Watchdog
+from miles_fast.training.whole_student import WholeStudent
 
 Evaluate = Callable[[DualEncoder, torch.device], dict[str, Any]]
 Deal = Callable[[Loader, int], Generator[Batch, None, None]]
@@ -36,6 +38,7 @@ class Training:
     config: Config
     settings: EngineSettings
     engine: Any
+    student: WholeStudent
     snapshot: Snapshot | None
     loader: Loader
     deal: Deal
@@ -50,30 +53,30 @@ class Training:
     stopping: EarlyStopping | None
 
 
-def save_if_due(t: Training, step: int, vote: Vote, *, last: bool, wait: bool) -> None:
+def save_if_due(t: Training, step: int, vote: Vote, *, last: bool, best: dict[str, Any] | None) -> None:
     """Begin a checkpoint where one is due. One that is wanted now is waited for; so is a failed one.
 
-    Raises Stopped where a signal ended the run before its `last` step.
+    `best` is the evaluation that found the model after `step` the best one: it is kept. Raises Stopped where
+    a signal ended the run before its `last` step.
     """
-    run, ends = t.config.run, wait or vote.stop
-    if not (ends or vote.failed or step % run.save_every == 0):
+    run, ends = t.config.run, last or vote.stop
+    due = ends or best is not None or step % run.save_every == 0
+    if not (due or vote.failed):
         return
     t.watchdog.report(f"saving after step {step}")
-    if ends or vote.failed:
-        try:
+    if ends or vote.failed or best is not None:
+        with _tolerating_save_errors(t):
             t.saver.settle()
-        except CheckpointError as error:
-            if run.on_save_error == "stop":
-                raise
-            logger.error("%s; training goes on (run.on_save_error)", error)
     elif vote.saving:
         logger.warning("step %d: the checkpoint before is still being written; this one is left out", step)
         return
-    if ends or step % run.save_every == 0:
+    if due:
         t.saver.start(step, t.left_out.ranges)
         t.left_out.saved()
     if ends:
         t.saver.settle()
+    if best is not None:
+        keep_best(t, step, best)
     if vote.stop and not last:
         raise Stopped(
             f"stopped by {t.stop.signal or 'a signal to another rank'} after step {step}: "
@@ -82,10 +85,32 @@ def save_if_due(t: Training, step: int, vote: Vote, *, last: bool, wait: bool) -
 
 
 def keep_best(t: Training, step: int, result: dict[str, Any]) -> None:
-    """Keep the model of the checkpoint after `step`, which an evaluation found best."""
+    """Keep the model after `step`, which an evaluation found best, once its checkpoint is complete."""
     assert t.stopping is not None
-    if rank() == 0:
-        t.stopping.keep(t.saver.folder / f"step-{step:08d}" / "student", step, result)
+    with _tolerating_save_errors(t):
+        try:
+            t.saver.settle()
+            problem = None
+            if rank() == 0:
+                try:
+                    t.stopping.keep(t.saver.folder / f"step-{step:08d}" / "student", step, result)
+                except OSError as error:
+                    problem = str(error)
+            if problem := gather_objects(problem)[0]:
+                raise CheckpointError(problem)
+        except CheckpointError:
+            t.stopping.lost(step)
+            raise
+
+
+@contextlib.contextmanager
+def _tolerating_save_errors(t: Training) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        if t.config.run.on_save_error == "stop":
+            raise
+        logger.error("%s; training goes on (run.on_save_error)", error)
 
 
 def skipped(t: Training, step: int, data: int, guard: LossGuard) -> bool:
@@ -103,7 +128,8 @@ def skipped(t: Training, step: int, data: int, guard: LossGuard) -> bool:
 def roll_back(t: Training, step: int) -> int:
     """Restore the newest checkpoint and return its step. Raises NumericsError where there is none."""
     t.watchdog.report(f"rolling back from step {step}")
-    t.saver.settle()
+    with _tolerating_save_errors(t):
+        t.saver.settle()
     checkpoint = gather_objects(find_checkpoint(t.run, "auto"))[0]  # as rank 0 sees the disk
     if checkpoint is None:
         raise NumericsError(

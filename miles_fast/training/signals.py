@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from miles_fast.distributed import logger, world_size
+from miles_fast.distributed import logger, rank, world_size
 
 STOPPED = 75  # exit code of a run that a signal stopped after a checkpoint (EX_TEMPFAIL: start it again)
 HUNG = 76  # exit code of a run in which a rank hangs or is gone
@@ -40,7 +40,10 @@ def exit_with_status(main: Callable[[], None]) -> None:
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGUSR1 (what Slurm sends before the time is up) between `listen` and `close`."""
+    """Notes SIGTERM, SIGUSR1 (what Slurm sends before the time is up) and Ctrl-C from `listen` to `close`.
+
+    A second Ctrl-C ends the process at once. Where it is ignored, as in a script's background, it stays so.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -49,8 +52,9 @@ class StopRequest:
     def listen(self) -> None:
         """Take the signals over; only the main thread can."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
 
     def close(self) -> None:
         """Give the signals back."""
@@ -59,6 +63,11 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            if rank() == 0:
+                # Not through a buffer: what was interrupted may be writing to it.
+                os.write(2, b"\nCtrl-C: a checkpoint is made after this step; again ends the run at once\n")
 
 
 class Vote(NamedTuple):

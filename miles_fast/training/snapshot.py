@@ -66,7 +66,8 @@ class Snapshot:
             return
         weight = 1.0 if self.config.update == "copy" else 1 - self.momentum(step)
         start = 0
-        for parameters in _gathered_parts(student):
+        followed = nn.ModuleDict({"video_model": student.video_model, "vid_proj": student.vid_proj})
+        for parameters in gathered_parts(followed):
             stop = start + len(parameters)
             average = self._average[start:stop]
             if self._used is not self._average:
@@ -92,10 +93,9 @@ class Snapshot:
         torch._foreach_copy_(self._used, self._average)
 
 
-def _gathered_parts(student: DualEncoder) -> Iterator[list[nn.Parameter]]:
-    """The student's parameters in the snapshot's order, a block at a time, whole even under ZeRO-3."""
-    parts = nn.ModuleDict({"video_model": student.video_model, "vid_proj": student.vid_proj})
-    parameters = list(parts.parameters())
+def gathered_parts(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """All parameters in their order, a twelfth at a time, whole even under ZeRO-3; all ranks must call it."""
+    parameters = list(module.parameters())
     size = max(1, math.ceil(len(parameters) / 12))
     for start in range(0, len(parameters), size):
         part = parameters[start : start + size]

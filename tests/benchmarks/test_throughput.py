@@ -205,6 +205,26 @@ def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch
         plan._measurement(f"3={file}", 4)
 
 
+def test_what_saves_cost(root, monkeypatch):
+    printed, found = call(root, "saves", "--batches", "40", "--saves", "2", "run.save_every=1000")
+    assert found["saves"] == 2 and found["gib"] > 0 and found["save_every"] == 1000
+    assert found["slower"] == pytest.approx(found["lost_milliseconds"] / found["free_milliseconds"] / 1000)
+    assert f"{found['writing_seconds']:.2f}" in printed
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from saves import Span, summary
+
+    # Steps of 1 s; a save begins in the fourth, the next waits for its copy, it is written until the ninth.
+    lengths = [1, 1, 1, 1.5, 2, 1.2, 1.2, 1.2, 1.2, 1, 1]
+    dealt = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    found = summary(dealt, [Span(began=dealt[3] + 1, ended=dealt[8] + 0.5)], gib=1.0, save_every=10)
+    assert found.free_milliseconds == 1000 and found.beside_milliseconds == pytest.approx(1200)
+    assert found.copy_milliseconds == pytest.approx(1500) and found.lost_milliseconds == pytest.approx(2300)
+    assert found.slower == pytest.approx(0.23)
+    with pytest.raises(ValueError, match="take more --batches"):
+        summary(dealt, [Span(began=0.0, ended=99.0)], gib=1.0, save_every=10)
+
+
 def test_the_doctor_examines_and_says_something(root):
     printed, figures = call(root, "doctor", "run.steps=8")
     assert "step on synthetic data" in printed and "bottleneck" in printed or "No stage alone" in printed

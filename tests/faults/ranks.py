@@ -20,6 +20,7 @@ from tiny import ds_tree, joined_masks, tiny_config  # noqa: E402
 
 from miles_fast.data.loader import Loader  # noqa: E402
 from miles_fast.distributed import configure_logging, rank, world_size  # noqa: E402
+from miles_fast.evaluation.validation import validation  # noqa: E402
 from miles_fast.training import loop  # noqa: E402
 from miles_fast.training.engine import check_ds_config  # noqa: E402
 from miles_fast.training.numerics import LossGuard  # noqa: E402
@@ -31,6 +32,8 @@ def inject(fault: str, steps: int, note: Path):
     """A `deal` for `pretrain` that notes the keys and brings in `kind:step:rank` (kind:step-step:rank)."""
     kind, when, who = fault.split(":") if fault else ("", "0", "0")
     first, last = (int(part) for part in (when.split("-") * 2)[:2])
+    if kind == "int":  # which a shell has its background ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def deal(loader, first_step):
         accumulation = loader.share.accumulation
@@ -49,6 +52,8 @@ def inject(fault: str, steps: int, note: Path):
                     os.kill(os.getpid(), signal.SIGTERM)
                 elif kind == "usr1":
                     os.kill(os.getpid(), signal.SIGUSR1)
+                elif kind == "int":
+                    os.kill(os.getpid(), signal.SIGINT)
             with open(note, "a") as file:
                 file.write(json.dumps({"data": step, "keys": batch.keys}) + "\n")
             yield batch
@@ -76,6 +81,7 @@ def main() -> None:
     parser.add_argument("--resume")
     parser.add_argument("--fault", default="")
     parser.add_argument("--wait-for-saves", action="store_true", help="so that none is left out")
+    parser.add_argument("--evaluate", action="store_true", help="on the evaluation set, as programs do")
     parser.add_argument("--run-keys", type=json.loads, default={})
     parser.add_argument("--ds-keys", type=json.loads, default={})
     options = parser.parse_args()
@@ -94,7 +100,13 @@ def main() -> None:
         Saver.start = lambda saver, *rest: (begin(saver, *rest), saver.settle())
     options.run.mkdir(parents=True, exist_ok=True)
     note = options.run.with_name(f"{options.run.name}.keys{os.environ.get('RANK', 0)}.jsonl")
-    loop.pretrain(config, settings, resume=options.resume, deal=inject(options.fault, options.steps, note))
+    loop.pretrain(
+        config,
+        settings,
+        resume=options.resume,
+        evaluate=validation(config, settings.batch) if options.evaluate else None,
+        deal=inject(options.fault, options.steps, note),
+    )
 
 
 if __name__ == "__main__":

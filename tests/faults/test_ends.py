@@ -1,6 +1,7 @@
 """F7, F9: signals, ranks that hang or are gone, memory that does not suffice."""
 
 import json
+import signal
 import time
 
 import pytest
@@ -22,12 +23,12 @@ def figures(run):
     return [[record[name] for name in names] for record in read_log(run) if "loss" in record]
 
 
-@pytest.mark.parametrize("kind,ranks", [("term", 2), ("usr1", 1)])
+@pytest.mark.parametrize("kind,ranks", [("term", 2), ("usr1", 1), ("int", 1)])
 def test_a_signal_ends_with_a_checkpoint_and_the_resume_is_bit_exact(
     start, tmp_path, finding, full, kind, ranks
 ):
     if not full and kind != "term":
-        pytest.skip("make faults runs SIGUSR1 too")
+        pytest.skip("make faults runs SIGUSR1 and SIGINT too")
     whole = start(tmp_path / "whole", ranks, "--steps", "5")
     assert whole.wait() == [0] * ranks, whole.errors
     # Only the last rank is told; all stop after the same step.
@@ -45,6 +46,16 @@ def test_a_signal_ends_with_a_checkpoint_and_the_resume_is_bit_exact(
         files = [tmp_path / r / "checkpoints" / "step-00000005" / name for r in ("run", "whole")]
         assert files[0].read_bytes() == files[1].read_bytes()
     finding("F7", f"exit code {STOPPED} after {seconds:.0f} s with the start, resumed bit-equal ({kind})")
+
+
+def test_the_signal_of_ctrl_c_ends_with_a_checkpoint_and_a_second_one_at_once(start, tmp_path):
+    once = start(tmp_path / "once", 1, "--steps", "99", "--fault", "int:2:0")
+    twice = start(tmp_path / "twice", 1, "--steps", "99", "--fault", "int:2-3:0")
+    assert once.wait() == [STOPPED] and "stopped by SIGINT after step" in once.errors[0], once.errors
+    assert find_checkpoint(tmp_path / "once", "auto") is not None
+    assert twice.wait() == [-signal.SIGINT] and "again ends the run at once" in twice.errors[0]
+    assert find_checkpoint(tmp_path / "twice", "auto") is None
+    assert not any("Traceback" in said for said in once.errors + twice.errors)
 
 
 @pytest.mark.parametrize(

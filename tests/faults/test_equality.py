@@ -77,3 +77,30 @@ def test_a_run_goes_on_with_other_ranks_and_stages(start, tmp_path, finding):
     assert seen == keys_of(reference, 1)
     assert_same(folder, reference, 6)
     finding("F3", "2 -> 1 -> 2 ranks, ZeRO 2 -> 0 -> 3: same samples, none lost or repeated, same losses")
+
+
+@pytest.mark.parametrize("ranks,stage", [(2, 1), (3, 3)])
+def test_fine_tuning_on_several_ranks_is_that_of_one(start, tmp_path, finding, full, ranks, stage):
+    """Learning rates by prefix, the start kept as the best model; three ranks evaluate 4, 4 and 2 clips."""
+    if not full:
+        pytest.skip("make faults runs it; tests/training evaluates at ZeRO 3 on one rank")
+    scales = {"video_model.": 0.1, "vid_proj.": 10.0, "text_model.": 0.5}
+    keys = {"evaluate_every": 2, "patience": 9, "save_every": 2, "keep_checkpoints": 9, "lr_scale": scales}
+    options = ("--steps", "4", "--joined", "6", "--evaluate", "--run-keys", json.dumps(keys))
+    for folder, number in (("one", 1), ("several", ranks)):
+        run = start(tmp_path / folder, number, *options, "--stage", str(stage))
+        assert run.wait() == [0] * number, run.errors
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert_same(several, one, 4)
+    starts = [
+        load_file(r / "checkpoints" / "step-00000000" / "student" / "model.safetensors")
+        for r in (one, several)
+    ]
+    assert all(np.array_equal(starts[0][name], starts[1][name]) for name in starts[0] | starts[1])
+    evaluations = [[r["evaluation"] for r in read_log(r) if "evaluation" in r] for r in (one, several)]
+    assert len(evaluations[0]) == 3 and evaluations[0] == evaluations[1]
+    best = [json.loads((r / "best" / "best.json").read_text()) for r in (one, several)]
+    assert best[0] == best[1]
+    finding(
+        "F3", f"fine-tuning on {ranks} ranks, ZeRO {stage}: start, rates, evaluations and best model of one"
+    )

@@ -56,7 +56,9 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         every.pop(name, None)
-    STARTED.append(subprocess.Popen(command, cwd=ROOT, env=every | environment, start_new_session=True))
+    # Ctrl-C is what a shell has its background ignore.
+    options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    STARTED.append(subprocess.Popen(command, cwd=ROOT, env=every | environment, **options))
     return STARTED[-1]
 
 
@@ -108,6 +110,7 @@ def whole(files, tmp_path_factory) -> Path:
         (signal.SIGUSR1, "a rank", STOPPED),
         # The outer of DeepSpeed's two processes dies of it; the inner passes it on and waits.
         (signal.SIGTERM, "all processes", -signal.SIGTERM),
+        (signal.SIGINT, "all processes", -signal.SIGINT),  # Ctrl-C
     ],
 )
 def test_deepspeed_lets_a_stopped_run_save(files, tmp_path, finding, full, request, number, told, code):

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from tiny import ds_tree, tiny_config, write_data
 
 from miles_fast.config import ConfigError
+from miles_fast.training import loop
 from miles_fast.training.early_stopping import EarlyStopping, r_sum
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.loop import pretrain
+from miles_fast.training.manifest import CheckpointError
 from miles_fast.training.progress import read_log
 
 
@@ -40,11 +42,11 @@ def root(tmp_path_factory):
     return place
 
 
-def train(root, folder, values, steps=12, resume=None, init_from=None):
+def train(root, folder, values, steps=12, resume=None, init_from=None, on_save_error="stop"):
     """A tiny run whose evaluations, of its start and every 2 steps, are these, one after the other."""
     left = iter(values)
     run = {"folder": str(folder), "steps": steps, "evaluate_every": 2, "patience": 2, "save_every": 2}
-    run |= {"keep_checkpoints": 9, "init_from": init_from}
+    run |= {"keep_checkpoints": 9, "init_from": init_from, "on_save_error": on_save_error}
     config = tiny_config(root, run=run, method={"view": "none"}, model={"attention": "sdpa"})
     settings = check_ds_config(ds_tree(), "ds.json", config, cuda=False, ranks=1)
     pretrain(config, settings, resume=resume, evaluate=lambda model, device: result(next(left)))
@@ -92,6 +94,28 @@ def test_a_run_resumed_from_its_start_trains_on_and_does_not_judge_it_again(root
     assert train(root, folder, [0.2], steps=2, resume=resume) == [0, 2]
     again = load_file(last)
     assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_a_best_model_that_cannot_be_written_ends_the_run_only_where_it_is_to(root, tmp_path, monkeypatch):
+    write, folder = loop.Saver._write, tmp_path / "run"
+
+    def fail_at(step):
+        def refuse(saver, name, *rest):
+            if name == f"step-{step:08d}":
+                raise OSError(28, "No space left on device")
+            write(saver, name, *rest)
+
+        monkeypatch.setattr(loop.Saver, "_write", refuse)
+
+    fail_at(0)
+    with pytest.raises(CheckpointError, match="step-00000000 could not be written.*No space left"):
+        train(root, folder, [0.5])
+    # What is worse than the start, which is still where it came from, does not become the best.
+    train(root, folder, [0.5, 0.4], steps=2, on_save_error="continue")
+    assert not (folder / "best").exists()
+    fail_at(4)
+    train(root, folder, [0.1, 0.2, 0.5, 0.3], steps=6, on_save_error="continue")
+    assert best(folder)["step"] == 6
 
 
 def test_patience_without_evaluations_is_refused(root):

@@ -95,6 +95,20 @@ def test_a_first_step_of_adam_is_as_long_as_lr_scale_says(root, tmp_path, stage)
         assert moved == pytest.approx(1e-3 * scale, rel=1e-2), prefix
 
 
+def test_zero_3_evaluates_the_whole_student(root, tmp_path):
+    seen = {}
+
+    def evaluate(model, device):
+        assert model.embed_video(torch.zeros(2, 2, 3, 32, 32, device=device)).isfinite().all()
+        seen.update(model.state_dict())
+        return {}
+
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 2})
+    pretrain(config, check_ds_config(ds_tree(stage=3), "ds", config, cuda=False, ranks=1), evaluate=evaluate)
+    end = load_file(model_folder(tmp_path / "run") / "model.safetensors")
+    assert seen.keys() <= end.keys() and all(torch.equal(seen[name], end[name]) for name in seen)
+
+
 def test_a_scale_that_would_do_nothing_is_refused(root, tmp_path):
     def settings(scales, **changes):
         config = tiny_config(root, run={"folder": str(tmp_path), "lr_scale": scales})
