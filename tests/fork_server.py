@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PATHS = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 IMPORTED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "miles_fast.training.loop",
@@ -41,7 +42,7 @@ class Program:
 
     def __init__(self, *command: str, env: dict[str, str] = NOTHING, cwd: Path = ROOT) -> None:
         kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-        env = kept | {"PYTHONPATH": str(ROOT)} | env
+        env = kept | {"PYTHONPATH": PATHS} | env
         self._printed = [tempfile.TemporaryFile() for _ in range(2)]
         self._told, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = json.dumps({"command": command, "env": env, "cwd": str(cwd)}).encode()
@@ -118,7 +119,7 @@ def free_port() -> int:
 def _server(*looked_at: str | None) -> tuple[socket.socket, subprocess.Popen]:
     """A server for programs with these values of LOOKED_AT; it ends when this process does."""
     given = dict(zip(LOOKED_AT, looked_at, strict=True))
-    environment = {**os.environ, **given, "PYTHONPATH": str(ROOT), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment = {**os.environ, **given, "PYTHONPATH": PATHS, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with other:
         process = subprocess.Popen(
