@@ -23,7 +23,7 @@ from miles_fast.kernels.dispatch import jit, runs_triton, tl, triton
 # D rounded up to a power of two -> (rows per step, steps, columns, warps) of a program.
 # Measured on an H100 at 64 clips of 785 tokens, bf16, `python benchmarks/micro.py --op biased_gelu --sweep`.
 # Widths that are not named get the same.
-LAUNCH_BACKWARD = {4096: (32, 8, 128, 4)}
+LAUNCH_BACKWARD = {4096: (16, 16, 64, 2)}
 _BLOCK_FORWARD = 4096  # numbers of a forward program
 
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from miles_fast.config import Config, ConfigError
 from miles_fast.distributed import note_once, world_size
 
+# What DeepSpeed's json may say of how gradients are summed over the ranks.
+_REDUCTION_KEYS = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
@@ -180,7 +183,7 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
     assert engine.train_batch_size() == settings.batch * settings.accumulation * world_size()
     if settings.stage == 0 and not settings.bf16:
         _skip_non_finite(engine.optimizer)
-    use_flat_gradients(engine.optimizer)
+    use_flat_gradients(engine.optimizer, in_parts=not any(key in settings.tree for key in _REDUCTION_KEYS))
     return engine
 
 
@@ -211,11 +214,14 @@ def parameter_groups(objective: nn.Module, settings: EngineSettings) -> list[dic
     return groups
 
 
-def use_flat_gradients(optimizer: Any) -> None:
+def use_flat_gradients(optimizer: Any, *, in_parts: bool) -> None:
     """Have BF16_Optimizer treat the gradient as what it keeps it as, one flat buffer a parameter group.
 
     It copies, measures and clips parameter by parameter, five launches for each of three hundred; its norm,
     its clipping and its update are the same over the buffers. Other optimizers are left as they are.
+
+    `in_parts`: it is averaged over the ranks in float32, each rank getting the part that it updates. Else
+    DeepSpeed rounds it to the json's communication_data_type (bf16) and sums all of it on every rank.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
@@ -249,15 +255,37 @@ def use_flat_gradients(optimizer: Any) -> None:
         if clear_lp_grads:
             optimizer.clear_lp_grads(set_to_none=True)
 
-    def get_grads_for_norm(for_clipping: bool = False) -> Any:
-        return flat if for_clipping else (flat, {})
-
-    optimizer.update_hp_grads, optimizer.get_grads_for_norm = update_hp_grads, get_grads_for_norm
+    optimizer.update_hp_grads = update_hp_grads
+    optimizer.get_grads_for_norm = lambda for_clipping=False: flat if for_clipping else (flat, {})
     # Over one rank it would join all gradients, round them to bf16 and copy them back, for nothing.
-    reduced = flat if world_size() > 1 else []
-    optimizer.get_grads_for_reduction = lambda: (reduced, {})
+    optimizer.get_grads_for_reduction = lambda: (flat if world_size() > 1 else [], {})
+    if in_parts and world_size() > 1:
+        _reduce_in_parts(optimizer)
     # Without a gradient to add to, backward hands its own over.
     optimizer.backward_prologue = partial(optimizer.clear_lp_grads, set_to_none=True)
+
+
+def _reduce_in_parts(optimizer: Any) -> None:
+    whole, parts = optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition
+    averages = whole[0].is_cuda  # gloo can only sum
+    operation = torch.distributed.ReduceOp.AVG if averages else torch.distributed.ReduceOp.SUM
+
+    def get_grads_for_reduction() -> Any:
+        for gradient, part, group in zip(whole, parts, optimizer.real_dp_process_group, strict=True):
+            torch.distributed.reduce_scatter_tensor(part, gradient, operation, group)
+            if not averages:
+                part.div_(world_size())
+        return [], {}
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return parts
+        squared = torch.stack([part.norm() for part in parts]).square().sum()
+        torch.distributed.all_reduce(squared)
+        return [squared.sqrt()], {}
+
+    optimizer.get_grads_for_reduction = get_grads_for_reduction
+    optimizer.get_grads_for_norm = get_grads_for_norm
 
 
 def _skip_non_finite(optimizer: torch.optim.Optimizer) -> None:

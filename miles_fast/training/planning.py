@@ -108,14 +108,10 @@ def sent_bytes(config: Config, sizes: Sizes, settings: EngineSettings, gpus: int
     """Bytes that one GPU sends in an optimizer step: (gradients and weights, contrast and snapshot)."""
     part = (gpus - 1) / gpus
     width = 2 if settings.bf16 else 4
-    gradient = 4 if _sums_float32(settings) else width
+    # At stage 1 float32 sums go to the ranks that update with them: as much as bf16 sums to all.
     micro = settings.accumulation
-    state = {
-        0: 2 * gradient,
-        1: 2 * gradient + width,
-        2: gradient * micro + width,
-        3: (gradient + 2 * width) * micro,
-    }[settings.stage] * sizes.trained
+    times = {0: 2, 1: 3, 2: micro + 1, 3: 3 * micro}[settings.stage]
+    state = times * width * sizes.trained
     rows = gpus * settings.batch * 2 * config.model.embedding * width
     follow = width * sizes.snapshot if settings.stage == 3 else 0
     return part * state, part * (3 * rows * micro + follow)

@@ -44,7 +44,7 @@ def test_memory_and_traffic_by_hand(tmp_path):
     assert bytes_of[3] == 1000 * (2 + 2 + 12) / 4 + 600
     assert state_bytes(sizes, settings_of(config, 2, "bf16"), 4) == 1000 * (2 + 2 / 4 + 12 / 4) + 600
     exchanged, contrast = sent_bytes(config, sizes, settings_of(config, 1), 4)
-    assert exchanged == 0.75 * 1000 * (2 * 4 + 2)
+    assert exchanged == 0.75 * 1000 * (4 + 2)
     assert contrast == 0.75 * 3 * (4 * 64 * 2 * 16 * 2)
     assert sent_bytes(config, sizes, settings_of(config, 3, accumulation=2), 2)[0] == 0.5 * 1000 * 6 * 2
     assert sent_bytes(config, sizes, settings_of(config, 1), 1) == (0, 0)
@@ -57,7 +57,7 @@ def test_one_gpu_is_predicted_as_measured_and_more_are_slower_each(tmp_path):
     plans = [plan(config, settings, sizes, measured, Links(), gpus) for gpus in (1, 2, 8, 16, 1024)]
     assert plans[0].clips_per_second == pytest.approx(400) and plans[0].memory_gib == pytest.approx(24)
     assert all(a.efficiency > b.efficiency for a, b in zip(plans, plans[1:], strict=False))
-    seconds = 0.5 * 1.8e9 / (450e9 * 0.75) + 5 * 15e-6
+    seconds = 0.5 * 1.08e9 / (450e9 * 0.75) + 5 * 15e-6
     assert plans[1].communication_seconds == pytest.approx(seconds, rel=0.02)
     slow = plan(config, settings, sizes, measured, Links(network=5), 16)
     assert slow.communication_seconds > 8 * plans[3].communication_seconds

@@ -62,6 +62,7 @@ def contrastive_gradient(batch: int, device: torch.device) -> list:
 def bf16_run(root: Path, device: torch.device, *, flat: bool) -> dict:
     """Norms and weights of a small net under BF16_Optimizer, its gradient flat or DeepSpeed's own way."""
     tree = ds_tree(stage=1, batch=2, bf16=True) | {"data_types": {"grad_accum_dtype": "fp32"}}
+    tree |= {"gradient_clipping": 0.1} | ({} if flat else {"communication_data_type": "fp32"})
     settings = check_ds_config(tree, "ds", tiny_config(root), cuda=device.type == "cuda", ranks=world_size())
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
