@@ -114,9 +114,9 @@ def test_a_far_position_is_reached_at_once_and_deals_the_same(root):
     shards = [str(root / "train" / "*.tar")]
     train = [{"shards": shards}, {"shards": shards, "name": "again", "weight": 0.3}]
     config, far = tiny_config(root, data={"train": train, "evaluation": []}), 10**8
-    begun = time.perf_counter()
+    begun = time.process_time()
     before = take(config, far - 1, 2)
-    assert time.perf_counter() - begun < 30
+    assert time.process_time() - begun < 30
     (there,) = take(config, far, 1)
     assert there.keys == before[1].keys != before[0].keys
     assert torch.equal(there.video_BTCHW, before[1].video_BTCHW)

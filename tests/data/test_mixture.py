@@ -42,12 +42,12 @@ def test_any_step_asked_first_gives_the_same(weights):
 
 
 def test_a_late_step_is_found_quickly():
-    start = time.perf_counter()
+    start = time.process_time()
     mixture = Mixture([0.4, 0.6])
     source, turn = mixture.serve(10**12)
     assert turn in (4 * 10**11, 6 * 10**11) and source in (0, 1)
     assert Mixture([1.234567, 2.345678]).serve(300_000)[1] > 0  # a long period
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_step_holds_the_same_samples_for_any_number_of_ranks():

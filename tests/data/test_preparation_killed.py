@@ -93,7 +93,7 @@ def test_workers_end_with_a_killed_preparation(tar, tmp_path):
     assert alive() > 1
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert alive() == 0

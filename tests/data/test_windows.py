@@ -78,9 +78,9 @@ def test_windows_of_a_batch_that_spans_many():
 
 def test_a_late_place_of_a_large_set_is_found_quickly():
     order = SampleOrder(np.arange(1, 100_001) * 10_000, 0, 16)
-    start = time.perf_counter()
+    start = time.process_time()
     draws = [order.draw(5 * 10**15 + 123_456_789 + i) for i in range(100)]
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert len({draw.sample for draw in draws}) == 100
 
 
