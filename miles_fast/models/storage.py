@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,16 +20,21 @@ PRETRAINING = "pretraining."  # prefix of what only pre-training needs: mask tok
 
 
 def write_model(
-    folder: Path, weights: dict[str, Tensor], config: ModelConfig, vocabulary_size: int, tokenizer_source: str
+    folder: Path, weights: dict[str, Tensor], config: ModelConfig, vocabulary_size: int, tokenizer: str | Any
 ) -> None:
-    """Write a model folder aside and rename it into place; an existing folder of that name is replaced."""
+    """Write a model folder aside and rename it into place; an existing folder of that name is replaced.
+
+    `tokenizer` is a name or folder, or one that is loaded.
+    """
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer)
     with whole_folder(folder) as partial:
         state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
         description = {"format": FORMAT, "model": to_dict(config), "vocabulary_size": vocabulary_size}
         description["model"]["text"]["tokenizer"] = "tokenizer"
         (partial / "model.json").write_text(json.dumps(description, indent=2) + "\n")
-        load_tokenizer(tokenizer_source).save_pretrained(partial / "tokenizer")
+        tokenizer.save_pretrained(partial / "tokenizer")
 
 
 def read_description(folder: Path) -> tuple[ModelConfig, int]:

@@ -84,6 +84,7 @@ def pretrain(
     _freeze(objective.model, config.run.freeze, settings.stage)
     if config.run.precision == "fp8":
         use_fp8(objective, device)
+    student = WholeStudent(objective.model, settings.stage if evaluate else 0)
     snapshot = None
     if config.method.view != "none":
         snapshot = Snapshot(
@@ -96,7 +97,6 @@ def pretrain(
         )
     if config.run.compile:
         compile_passes(objective, snapshot, config.run.activation_memory_budget)
-    student = WholeStudent(objective.model, settings.stage if evaluate else 0)
     engine = build_engine(objective, settings)
     torch.manual_seed(config.run.seed + 1 + rank())
     if checkpoint:

@@ -26,6 +26,7 @@ from miles_fast.config import Config, to_dict
 from miles_fast.distributed import gather_objects, rank, world_size
 from miles_fast.files import flush_to_disk, write_whole
 from miles_fast.models.storage import write_model
+from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import complete_checkpoints, published_names, random_state
 from miles_fast.training.engine_state import counters, own_state
 from miles_fast.training.manifest import CheckpointError, digest, write_manifest
@@ -88,6 +89,8 @@ class Saver:
         self._copy = HostCopy(device)
         if device.type == "cuda":
             self._copy.reserve(self._elements())
+        # Now: in some weeks its folder may be gone, or the hub not answer.
+        self._tokenizer = load_tokenizer(config.model.text.tokenizer_source)
         self._thread: threading.Thread | None = None
         self._given_up = threading.Event()
         self.problem: str | None = None
@@ -213,7 +216,7 @@ class Saver:
             published_names(whole_weights([self._partial / file for file in files], shapes)),
             model.config,
             model.vocabulary_size,
-            self._config.model.text.tokenizer_source,
+            self._tokenizer,
         )
         write_whole(self._partial / "state.json", json.dumps(state, indent=2) + "\n")
         for path in [*(self._partial / "student").rglob("*"), self._partial / "student"]:

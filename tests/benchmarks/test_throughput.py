@@ -205,14 +205,19 @@ def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch
         plan._measurement(f"3={file}", 4)
 
 
-def test_what_saves_cost(root, monkeypatch):
-    printed, found = call(root, "saves", "--batches", "40", "--saves", "2", "run.save_every=1000")
+def test_what_saves_cost(root, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import throughput
+    from saves import Span, summary
+
+    files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
+    options = ["--batches", "40", "--saves", "2", "run.save_every=1000", "--json", str(root / "saves.json")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "saves", *files, *options])
+    throughput.main()
+    found = json.loads((root / "saves.json").read_text())["saves"]
     assert found["saves"] == 2 and found["gib"] > 0 and found["save_every"] == 1000
     assert found["slower"] == pytest.approx(found["lost_milliseconds"] / found["free_milliseconds"] / 1000)
-    assert f"{found['writing_seconds']:.2f}" in printed
-
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from saves import Span, summary
+    assert f"{found['writing_seconds']:.2f}" in capsys.readouterr().out
 
     # Steps of 1 s; a save begins in the fourth, the next waits for its copy, it is written until the ninth.
     lengths = [1, 1, 1, 1.5, 2, 1.2, 1.2, 1.2, 1.2, 1, 1]

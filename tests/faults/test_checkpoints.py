@@ -1,5 +1,6 @@
 """F1, F8, F10, F12: checkpoints that are killed, cannot be written, are malicious or damaged."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -270,6 +271,18 @@ def test_one_that_was_being_replaced_is_found_and_put_back(root, tmp_path):
     ]
     shutil.rmtree(saver.folder / "step-00000002")
     assert restore(config, engine, tmp_path) == 1
+
+
+def test_a_save_does_not_need_the_tokenizers_source_any_more(root, tmp_path):
+    shutil.copytree(root / "tokenizer", tmp_path / "tokenizer")
+    config, engine = tiny_engine(root, tmp_path)
+    text = dataclasses.replace(config.model.text, tokenizer=str(tmp_path / "tokenizer"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+    saver = Saver(tmp_path, config, engine, None, CPU)
+    shutil.rmtree(tmp_path / "tokenizer")
+    saver.start(1, [])
+    saver.settle()
+    assert (find_checkpoint(tmp_path, "auto") / "student" / "tokenizer" / "tokenizer.json").is_file()
 
 
 def test_no_thread_is_left_behind(root, tmp_path):
