@@ -1,6 +1,7 @@
 """Programs forked from a server that has imported what they all import, which takes longer than their work.
 
-The server only imports. It starts no thread and opens no CUDA context, neither of which a fork would survive.
+The server only imports. It starts no thread and opens no CUDA context, neither of which a fork would survive;
+where it can see a GPU, it leaves the importing to the programs.
 """
 
 import contextlib
@@ -119,7 +120,7 @@ def free_port() -> int:
 def _server(*looked_at: str | None) -> tuple[socket.socket, subprocess.Popen]:
     """A server for programs with these values of LOOKED_AT; it ends when this process does."""
     given = dict(zip(LOOKED_AT, looked_at, strict=True))
-    environment = {**os.environ, **given, "PYTHONPATH": PATHS, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    environment = {**os.environ, **given, "PYTHONPATH": PATHS}
     ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with other:
         process = subprocess.Popen(
@@ -169,17 +170,14 @@ def serve(control: socket.socket) -> dict:
 
 
 def main() -> None:
-    from miles_fast.models.torchvision_cpu import repair_torchvision
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not any(Path("/dev").glob("nvidia[0-9]*")):
+        from miles_fast.models.torchvision_cpu import repair_torchvision
 
-    repair_torchvision()
-    from transformers import DistilBertModel  # noqa: F401
+        repair_torchvision()
+        from transformers import DistilBertModel  # noqa: F401
 
-    for name in IMPORTED:
-        importlib.import_module(name)
-    import torch
-
-    assert not torch.cuda.is_initialized()
-    if not torch.cuda.is_available():  # whether DALI's import opens a CUDA context is its own affair
+        for name in IMPORTED:
+            importlib.import_module(name)
         with contextlib.suppress(ImportError):
             importlib.import_module("nvidia.dali.fn")
     gc.freeze()

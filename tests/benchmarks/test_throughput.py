@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
