@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from miles_fast.config import Config
+from miles_fast.config import Config, RunConfig
 from miles_fast.models.flops import peak_flops, video_flops
 from miles_fast.models.fp8 import use_fp8
 from miles_fast.models.video_encoder import SpaceTimeTransformer
@@ -30,14 +30,14 @@ class EncoderRow:
 def measure_encoder(config: Config, batch: int, passes: int, device: torch.device) -> list[EncoderRow]:
     """The encoder as configured, eager with SDPA, and as published (bf16, fp32), in the same run."""
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    run = config.run
+    plain = replace(config.run, compile=False, cuda_graphs=False, precision=None, activation_memory_budget=1)
     ways = [
-        ("as configured", config.model.attention, half, run.compile, run.precision == "fp8"),
-        ("eager, SDPA", "sdpa", half, False, False),
+        ("as configured", config.model.attention, half, config.run),
+        ("eager, SDPA", "sdpa", half, plain),
     ]
     if half is torch.bfloat16:
-        ways.append(("as published, bf16", "eager", half, False, False))
-    ways.append(("as published, fp32", "eager", torch.float32, False, False))
+        ways.append(("as published, bf16", "eager", half, plain))
+    ways.append(("as published, fp32", "eager", torch.float32, plain))
     return [_measure(config, batch, passes, device, *way) for way in ways]
 
 
@@ -49,17 +49,18 @@ def _measure(
     name: str,
     attention: str,
     dtype: torch.dtype,
-    compiled: bool,
-    fp8: bool,
+    run: RunConfig,
 ) -> EncoderRow:
     torch.manual_seed(0)
     frames, size = config.data.frames_per_clip, config.model.video.image_size
     encoder = SpaceTimeTransformer(config.model.video, attention).to(device=device, dtype=dtype)
-    if fp8:
+    if run.precision == "fp8":
         use_fp8(encoder, device)
-    if compiled:
-        encoder.compile_layers()
+    if run.compile:
+        encoder.compile_layers(run.activation_memory_budget)
     video = torch.randn(batch, frames, 3, size, size, device=device, dtype=dtype)
+    if run.cuda_graphs and device.type == "cuda":
+        encoder = torch.cuda.make_graphed_callables(encoder, (video,))
     weight = torch.randn(config.model.video.width, device=device, dtype=dtype)
 
     def step() -> None:
