@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from miles_fast.config import Config, ConfigError
 from miles_fast.distributed import note_once, world_size
+from miles_fast.models.video_encoder import PatchEmbedding
 
 # What DeepSpeed's json may say of how gradients are summed over the ranks.
 _REDUCTION_KEYS = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor")
@@ -176,10 +177,14 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
     if settings.stage == 0 and settings.bf16:
         note_once("bf16 with ZeRO 0: DeepSpeed takes a zero-gradient step at the start; stage 1 does not")
     groups = parameter_groups(objective, settings)
+    if settings.stage == 3:
+        gather_by_layer(objective)
     try:
         engine, *_ = deepspeed.initialize(model=objective, model_parameters=groups, config=settings.tree)
     except (ValueError, NotImplementedError) as error:  # the latter for a mix of precisions it lacks
         raise ConfigError(f"DeepSpeed refuses the ds config: {error}") from error
+    if settings.stage == 3:
+        gather_patches(objective)
     assert engine.train_batch_size() == settings.batch * settings.accumulation * world_size()
     if settings.stage == 0 and not settings.bf16:
         _skip_non_finite(engine.optimizer)
@@ -212,6 +217,33 @@ def parameter_groups(objective: nn.Module, settings: EngineSettings) -> list[dic
             own = {} if scale == 1 else {"lr": scale * settings.tree["optimizer"]["params"]["lr"]}
             groups.append({"params": parameters} | own | ({} if decayed else {"weight_decay": 0.0}))
     return groups
+
+
+def gather_by_layer(objective: nn.Module) -> None:
+    """Have ZeRO-3 gather a layer's weights together, and leave what happens in a layer to the compiler.
+
+    Of every single module it would gather them in a hook, behind which a compiled layer does not find what
+    one module reads of another.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layers in objective.modules():
+        if isinstance(layers, nn.ModuleList):
+            for layer in layers:
+                set_z3_leaf_module(layer, True)
+
+
+def gather_patches(objective: nn.Module) -> None:
+    """Have ZeRO-3 gather the patches' convolution for the module that reads its weights.
+
+    As a layer it would be let go too early: its input has no gradient.
+    """
+    import deepspeed
+
+    for module in objective.modules():
+        if isinstance(module, PatchEmbedding):
+            for weight in module.proj.parameters():
+                deepspeed.zero.register_external_parameter(module, weight)
 
 
 def use_flat_gradients(optimizer: Any, *, in_parts: bool) -> None:

@@ -1,10 +1,13 @@
 """DeepSpeed's bf16 optimizer with its gradient taken flat, against its own way; rates of parameter groups."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import ds_tree, tiny_config, write_data
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 
 from miles_fast.config import ConfigError
 from miles_fast.models.dual_encoder import build_dual_encoder
@@ -13,6 +16,7 @@ from miles_fast.training import engine as engine_module
 from miles_fast.training.checkpoint import model_folder
 from miles_fast.training.engine import build_engine, check_ds_config, init_process_group, parameter_groups
 from miles_fast.training.loop import pretrain
+from miles_fast.training.progress import read_log
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,21 @@ def test_zero_3_evaluates_the_whole_student(root, tmp_path):
     pretrain(config, check_ds_config(ds_tree(stage=3), "ds", config, cuda=False, ranks=1), evaluate=evaluate)
     end = load_file(model_folder(tmp_path / "run") / "model.safetensors")
     assert seen.keys() <= end.keys() and all(torch.equal(seen[name], end[name]) for name in seen)
+
+
+def test_zero_3_gathers_what_compiled_layers_read(root, tmp_path, monkeypatch):
+    """Without the code's generation, which takes minutes on a CPU."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager_decomp_partition)
+
+    def losses(stage, compiled):
+        torch._dynamo.reset()
+        run = {"folder": str(tmp_path / f"{stage}"), "steps": 2, "compile": compiled}
+        config = tiny_config(root, run=run, method={"view": "D"})
+        config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
+        pretrain(config, check_ds_config(ds_tree(stage=stage), "ds", config, cuda=False, ranks=1))
+        return [record["loss"] for record in read_log(tmp_path / f"{stage}")]
+
+    assert losses(3, True) == pytest.approx(losses(1, False), rel=1e-4)
 
 
 def test_a_scale_that_would_do_nothing_is_refused(root, tmp_path):
