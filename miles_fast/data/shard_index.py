@@ -6,6 +6,7 @@ sample is a run of regular members with the same path up to the first dot of the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tarfile
@@ -232,7 +233,7 @@ def write_index(tar_path: Path, listing: Listing, tar_time: int, shown: str | No
 
 
 def load_listing(tar_path: Path, missing_index: str) -> Listing:
-    """Listing of one shard from its index, which is built when missing and refused when stale."""
+    """Listing of one shard from its index, which is built when missing and refused when it is another's."""
     path = tar_path.with_suffix(".idx")
     try:
         status = tar_path.stat()
@@ -254,11 +255,6 @@ def load_listing(tar_path: Path, missing_index: str) -> Listing:
             )
         return listing
     remedy = f"delete {path}, it is rebuilt"
-    if path.stat().st_mtime_ns < status.st_mtime_ns:
-        raise ShardError(
-            f"{path} is older than its shard {tar_path}, which may have changed since (or both were copied "
-            f"without their times: `cp -a` keeps them): {remedy}"
-        )
     try:
         listing = parse_index(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except ValueError as error:
@@ -269,4 +265,9 @@ def load_listing(tar_path: Path, missing_index: str) -> Listing:
             f"{path} names bytes up to {end}, but {tar_path} has {status.st_size}: "
             f"if the shard is whole, {remedy}"
         )
+    if path.stat().st_mtime_ns < status.st_mtime_ns:  # or both were copied without their times
+        if listing != scan(tar_path):
+            raise ShardError(f"{path} is older than its shard {tar_path}, and not its index: {remedy}")
+        with contextlib.suppress(OSError):  # looked at again by each process where it cannot be dated anew
+            os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
     return listing

@@ -198,10 +198,15 @@ def test_links_and_escapes_are_refused(tmp_path, write_tar):
             ShardSet([write_tar(tmp_path / "x.tar", [(name, b"x")])])
 
 
-def test_stale_index(tar):
+def test_index_older_than_its_tar(tar, write_tar):
     index = build_index(tar)
-    after = index.stat().st_mtime_ns + 10**9
-    os.utime(tar, ns=(after, after))
+    before = index.stat().st_mtime_ns
+    os.utime(tar, ns=(before + 10**9, before + 10**9))
+    assert len(ShardSet([tar])) == 3  # copied without their times
+    assert index.stat().st_mtime_ns == tar.stat().st_mtime_ns
+    write_tar(tar, [(f"{key}.txt", b"other") for key in "abc"])
+    later = index.stat().st_mtime_ns + 10**9
+    os.utime(tar, ns=(later, later))
     with pytest.raises(ShardError, match=r"(?s)00000.idx is older than its shard .*00000.tar.*delete"):
         ShardSet([tar])
 
