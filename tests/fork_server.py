@@ -21,12 +21,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
-    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed",
     "miles_fast.training.loop",
     "miles_fast.evaluation.validation",
     "miles_fast.evaluation.benchmark",
     "miles_fast.export.run",
 )
+# Nobody says that these open no CUDA context: they are imported where there is no GPU.
+IMPORTED_WITHOUT_CUDA = ("deepspeed.runtime.zero.muon.muon_optimizer", "nvidia.dali.fn")
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # an environment where a GPU is not looked for
 # What imports look at: programs that differ in one of them have different servers.
 LOOKED_AT = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TRITON_INTERPRET")
@@ -49,7 +51,7 @@ class Program:
             server, _ = _server(*(env.get(name) for name in LOOKED_AT))
             files = [*(file.fileno() for file in self._printed), other.fileno()]
             socket.send_fds(server, [request], files)
-        self.command, self.returncode = command, None
+        self.returncode: int | None = None
         self.pid = int(self._told.recv(32))
 
     def wait(self, timeout: float | None = None) -> int:
@@ -162,7 +164,8 @@ def serve(control: socket.socket) -> dict:
                 os.close(file)
             if pid == 0:
                 for key in running.get_map().values():
-                    os.close(key.fd)
+                    if key.data:
+                        os.close(key.fd)
                 return json.loads(request)
             running.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, told))
 
@@ -177,12 +180,13 @@ def main() -> None:
         importlib.import_module(name)
     import torch
 
-    assert not torch.cuda.is_initialized()
-    if not torch.cuda.is_available():  # whether DALI's import opens a CUDA context is its own affair
-        with contextlib.suppress(ImportError):
-            importlib.import_module("nvidia.dali.fn")
+    for name in () if torch.cuda.is_available() else IMPORTED_WITHOUT_CUDA:
+        with contextlib.suppress(ImportError):  # DALI is an extra
+            importlib.import_module(name)
     gc.freeze()
     request = serve(socket.socket(fileno=int(sys.argv[1])))
+    # Such a child would find no GPU, and take the CPU.
+    assert not torch.cuda._is_in_bad_fork(), "something imported has asked the CUDA driver"
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
