@@ -1,7 +1,8 @@
 """Programs forked from a server that has imported what they all import, which takes longer than their work.
 
-The server only imports. It starts no thread and opens no CUDA context, neither of which a fork would survive;
-where it can see a GPU, it leaves the importing to the programs.
+The server only imports. It starts no thread and opens no CUDA context, neither of which a fork would survive.
+Where there is a GPU to be seen, it leaves the importing to the programs: whoever asks the driver before a fork
+has children that find no GPU, and take the CPU.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ class Program:
             server, _ = _server(*(env.get(name) for name in LOOKED_AT))
             files = [*(file.fileno() for file in self._printed), other.fileno()]
             socket.send_fds(server, [request], files)
-        self.command, self.returncode = command, None
+        self.returncode: int | None = None
         self.pid = int(self._told.recv(32))
 
     def wait(self, timeout: float | None = None) -> int:
@@ -164,7 +165,8 @@ def serve(control: socket.socket) -> dict:
                 os.close(file)
             if pid == 0:
                 for key in running.get_map().values():
-                    os.close(key.fd)
+                    if key.data:
+                        os.close(key.fd)
                 return json.loads(request)
             running.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, told))
 
