@@ -1,8 +1,8 @@
 """Programs forked from a server that has imported what they all import, which takes longer than their work.
 
 The server only imports. It starts no thread and opens no CUDA context, neither of which a fork would survive.
-Where there is a GPU to be seen, it leaves the importing to the programs: whoever asks the driver before a fork
-has children that find no GPU, and take the CPU.
+Where there is a GPU to be seen, it leaves the importing to the programs: children of a process that has asked
+the driver find no GPU, and take the CPU.
 """
 
 import contextlib
