@@ -92,6 +92,12 @@ def _fits(x: torch.Tensor, weight_DK: torch.Tensor) -> bool:
     return halves and large and D % 8 == 0 and K % 8 == 0 and (hopper or INTERPRETED)
 
 
+def _for_bulk_copies(rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.contiguous()
+    # DeepSpeed's flat buffers hold weights behind others of any size.
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
 @torch.library.custom_op(
     "miles_fast::linear_gelu",
     mutates_args=(),
@@ -102,7 +108,7 @@ def _linear_gelu(x, weight_DK, bias_D, keep):
 
     D, K = weight_DK.shape
     block_m, block_d, block_k, slices, num_warps, num_stages = _launch(D)
-    x_MK = x.reshape(-1, K).contiguous()
+    x_MK, weight_DK = (_for_bulk_copies(tensor.reshape(-1, K)) for tensor in (x, weight_DK))
     M = len(x_MK)
     out_MD = x.new_empty((M, D))
     hidden_MD = torch.empty_like(out_MD) if keep else x.new_empty(0)
@@ -115,7 +121,7 @@ def _linear_gelu(x, weight_DK, bias_D, keep):
         out_desc = tiles(out_MD, block_m, block_d // slices)
         _linear_gelu_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(D, block_d)),)](
             tiles(x_MK, block_m, block_k),
-            tiles(weight_DK.contiguous(), block_d, block_k),
+            tiles(weight_DK, block_d, block_k),
             bias_D.contiguous(),
             tiles(hidden_MD, block_m, block_d // slices) if keep else out_desc,
             out_desc,
@@ -148,6 +154,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(x, weight_DK, output[1])
     ctx.bias_dtype = bias_D.dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # hidden's would be as large as hidden
 
 
 def _backward(ctx, d_out, _):

@@ -59,6 +59,13 @@ def test_takes_clips_of_tokens_by_stride():
     torch.testing.assert_close(linear_gelu(by_stride, weight, bias), expected, rtol=2e-2, atol=2e-3)
 
 
+def test_takes_a_weight_that_lies_anywhere():
+    x, weight, bias = leaves()
+    flat = torch.cat([weight.new_zeros(1), weight.flatten()])
+    found = linear_gelu(x, flat[1:].view_as(weight), bias)
+    assert flat[1:].data_ptr() % 16 and torch.equal(found, linear_gelu(x, weight, bias))
+
+
 @needs_kernel
 def test_registered_op_is_sound():
     inputs = [leaf.requires_grad_() for leaf in leaves()]
