@@ -14,9 +14,8 @@ from miles_fast.training.snapshot import gathered_parts
 class WholeStudent:
     """Made before DeepSpeed partitions the student.
 
-    At ZeRO-3 such passes run a copy, gathered when it is asked for. DeepSpeed's own gathering misses weights
-    that one module uses of another outside the engine's forward pass, and would have ranks with more clips
-    wait for ever for those with fewer.
+    At ZeRO-3 such passes run a copy, gathered when it is asked for: DeepSpeed gathers layer by layer with all
+    ranks, and a rank with more clips would wait for ever for those with fewer.
     """
 
     def __init__(self, student: DualEncoder, stage: int) -> None:
