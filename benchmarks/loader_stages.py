@@ -130,6 +130,7 @@ def _time_decoding(
         size=config.model.video.image_size,
         device=device,
         threads=config.data.threads,
+        jpeg_decoder=config.data.jpeg_decoder,
     )
     frames, views = [clip.frames for clip in clips], [clip.view for clip in clips]
     graph.submit(frames, views)

@@ -59,16 +59,17 @@ def build_augmentation(
     size: int,
     device: torch.device,
     threads: int,
+    jpeg_decoder: Literal["nvjpeg", "cpu"] = "nvjpeg",
 ) -> Augmentation:
     """DALI where it is installed, Pillow otherwise; `takes` says what the frames come as.
 
-    `video` takes clips that are still encoded beside decoded ones. `num_clips` is the largest batch. Raises
-    ValueError when DALI is needed and missing.
+    `video` takes clips that are still encoded beside decoded ones. `num_clips` is the largest batch;
+    `jpeg_decoder` is what a GPU's graph decodes with. Raises ValueError when DALI is needed and missing.
     """
     if _has_dali() and (kind != "pil" or takes == "video"):
         if takes == "video":
             return DaliVideoAugmentation(num_clips, num_frames, size, device, threads)
-        return DaliAugmentation(takes, num_clips, num_frames, size, device, threads)
+        return DaliAugmentation(takes, num_clips, num_frames, size, device, threads, jpeg_decoder)
     if kind == "dali" or takes == "video":
         wish = "augmentation = dali" if kind == "dali" else "video_decoder = nvdec"
         raise ValueError(
@@ -186,20 +187,31 @@ class DaliAugmentation:
     """`fn.decoders.image` (nvJPEG's hardware engine on a GPU) -> crop and resize -> flip and normalise."""
 
     def __init__(
-        self, takes: Input, num_clips: int, num_frames: int, size: int, device: torch.device, threads: int
+        self,
+        takes: Input,
+        num_clips: int,
+        num_frames: int,
+        size: int,
+        device: torch.device,
+        threads: int,
+        jpeg_decoder: Literal["nvjpeg", "cpu"] = "nvjpeg",
     ) -> None:
         def define(inputs: Any, gpu: bool) -> Any:
             from nvidia.dali import fn, types
 
-            if takes == "jpeg":
+            if takes == "jpeg" and gpu and jpeg_decoder == "nvjpeg":
                 image = fn.decoders.image(
                     inputs("image", types.UINT8, 1),
-                    device="mixed" if gpu else "cpu",
+                    device="mixed",
                     output_type=types.RGB,
                     hw_decoder_load=1.0,
                 )
             else:
-                image = fn.reshape(inputs("image", types.UINT8, 3), layout="HWC")
+                if takes == "jpeg":
+                    encoded = inputs("image", types.UINT8, 1)
+                    image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+                else:
+                    image = fn.reshape(inputs("image", types.UINT8, 3), layout="HWC")
                 image = image.gpu() if gpu else image
             return _crop_flip_normalise(image, inputs, size, gpu, "CHW")
 

@@ -176,6 +176,7 @@ class BatchFinisher:
                 size=self._image_size,
                 device=self._device,
                 threads=self._data.threads,
+                jpeg_decoder=self._data.jpeg_decoder,
             )
         return self._graphs[takes]
 

@@ -63,9 +63,9 @@ def take(config, first, count, quarantine=None):
     return found
 
 
-def augment(kind, frames, views, takes, device=CPU):
+def augment(kind, frames, views, takes, device=CPU, **options):
     graph = build_augmentation(
-        kind, takes=takes, num_clips=4, num_frames=2, size=32, device=device, threads=1
+        kind, takes=takes, num_clips=4, num_frames=2, size=32, device=device, threads=1, **options
     )
     if takes == "jpeg":
         frames = [[np.frombuffer(image, np.uint8) for image in clip] for clip in frames]
@@ -101,10 +101,11 @@ def test_without_dali_pillow_takes_its_place(monkeypatch, others):
 
 
 @pytest.mark.gpu
-def test_the_gpu_graph_equals_the_cpu_graph():
+@pytest.mark.parametrize("decoder", ["nvjpeg", "cpu"])
+def test_the_gpu_graph_equals_the_cpu_graph(decoder):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     frames = [[jpeg(2 * i), jpeg(2 * i + 1)] for i in range(4)]
-    gpu = augment("dali", frames, views_of(4), "jpeg", torch.device("cuda", 0))
+    gpu = augment("dali", frames, views_of(4), "jpeg", torch.device("cuda", 0), jpeg_decoder=decoder)
     assert gpu.is_cuda and gpu.dtype == torch.float16
     assert (gpu.cpu().float() - augment("dali", frames, views_of(4), "jpeg")).abs().mean() < 0.04
 
