@@ -81,16 +81,18 @@ class Vote(NamedTuple):
 class Ballot:
     """Has all ranks learn what any of them says, so that they act on it after the same step.
 
-    Votes are cast before a step and counted after it: the reduction runs on the device beside the step, and
-    is long done when the step's own wait for the gradient norm is over.
+    Votes are cast before a step and counted after it: the reduction runs on the device beside the step, for
+    which no rank waits for another, and is long done when the step's own wait for the gradient norm is over.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._here = torch.zeros(len(Vote._fields), pin_memory=self._cuda)
-        self._found = torch.zeros(len(Vote._fields), pin_memory=self._cuda)
+        cuda = device.type == "cuda"
+        self._here = torch.zeros(len(Vote._fields), pin_memory=cuda)
+        self._found = torch.zeros(len(Vote._fields), pin_memory=cuda)
         self._votes = torch.zeros(len(Vote._fields), device=device)
-        self._counted = torch.cuda.Event() if self._cuda else None
+        self._stream = torch.cuda.Stream(device) if cuda else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which fills the votes
         self._vote = Vote(False, False, False)
 
     def cast(self, vote: Vote) -> None:
@@ -99,16 +101,15 @@ class Ballot:
         if world_size() == 1:
             return
         self._here.copy_(torch.tensor(vote, dtype=torch.float32))
-        self._votes.copy_(self._here, non_blocking=True)
-        dist.all_reduce(self._votes, op=dist.ReduceOp.MAX)
-        self._found.copy_(self._votes, non_blocking=True)
-        if self._counted is not None:
-            self._counted.record()
+        with torch.cuda.stream(self._stream):  # None: nothing changes
+            self._votes.copy_(self._here, non_blocking=True)
+            dist.all_reduce(self._votes, op=dist.ReduceOp.MAX)
+            self._found.copy_(self._votes, non_blocking=True)
 
     def count(self) -> Vote:
         """What any rank said at the last `cast`."""
         if world_size() == 1:
             return self._vote
-        if self._counted is not None:
-            self._counted.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
         return Vote(*(value > 0 for value in self._found.tolist()))
