@@ -98,13 +98,19 @@ class Ranks:
         self.programs = [Program(*command, env=env | group | number) for number in numbers]
 
     def wait(self, timeout: float = 240, besides: tuple[int, ...] = ()) -> list[int | None]:
-        """Exit codes; ranks `besides` are not waited for, and killed then. `errors` has what they said."""
+        """Exit codes; ranks `besides` are not waited for, and killed then. `errors` has what they said.
+
+        Raises TimeoutError with all of it.
+        """
         limit = time.monotonic() + timeout
         try:
             for rank, program in enumerate(self.programs):
                 if rank not in besides:
                     program.wait(max(limit - time.monotonic(), 0.1))
             return [program.poll() for program in self.programs]
+        except TimeoutError as late:
+            said = (f"rank {rank}: {program.printed()[1]}" for rank, program in enumerate(self.programs))
+            raise TimeoutError("\n".join(said)) from late
         finally:
             for program in self.programs:
                 program.kill()

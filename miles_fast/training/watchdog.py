@@ -33,6 +33,7 @@ class Watchdog:
         self._limit = hang_seconds
         self._interval = min(5.0, hang_seconds / 10)
         self._progress, self._doing, self._broken = 0, "starting", False
+        self._looks = 0
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: dist.TCPStore | None = None
@@ -69,16 +70,19 @@ class Watchdog:
         if self._store is None:
             return
         self._broken = True
-        self._closed.wait(8 * self._interval)
+        # Looks are counted, not seconds alone: a machine that stood still has to have looked again.
+        enough, late = self._looks + 8, time.monotonic() + 40 * self._interval
+        while self._looks < enough and time.monotonic() < late:
+            if self._closed.wait(self._interval):
+                return
 
     def _watch(self) -> None:
-        number = 0
         seen: dict[str, tuple[str, float]] = {}
         while not self._closed.wait(self._interval):
-            number += 1
+            self._looks += 1
             words = self._doing, "broken" if self._broken else "whole", _place()
             try:
-                reports = self._exchange("|".join([str(number), str(self._progress), *words]))
+                reports = self._exchange("|".join([str(self._looks), str(self._progress), *words]))
             except RuntimeError as error:  # torch's errors of a store are
                 if not self._closed.wait(2 * self._interval):  # at the end rank 0 may be the first to go
                     reason = str(error).splitlines()[0]
@@ -108,8 +112,7 @@ class Watchdog:
             if self._store.check([_VERDICT]):
                 _end(self._store.get(_VERDICT).decode())
             return []
-        keys = [f"report-{number}" for number in range(world_size())]
-        return [value.decode() for value in self._store.multi_get(keys)] if self._store.check(keys) else []
+        return [value.decode() for value in self._store.multi_get(_report_keys())]
 
 
 def _culprit(
@@ -149,9 +152,15 @@ def _place() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
+def _report_keys() -> list[str]:
+    return [f"report-{number}" for number in range(world_size())]
+
+
 def _store(timeout: timedelta) -> dist.TCPStore:
     if rank() == 0:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, None, True, timeout, wait_for_workers=False)
+        for key in _report_keys():  # a rank may be gone before it reports
+            store.set(key, "0|0|starting|whole|")
         gather_objects(store.port)
         return store
     port = gather_objects(None)[0]

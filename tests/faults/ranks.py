@@ -4,6 +4,7 @@ Without dropout, and with the joined batch's masks dealt out, any number of rank
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -29,7 +30,10 @@ from miles_fast.training.signals import STOPPED, Stopped  # noqa: E402
 
 
 def inject(fault: str, steps: int, note: Path):
-    """A `deal` for `pretrain` that notes the keys and brings in `kind:step:rank` (kind:step-step:rank)."""
+    """A `deal` for `pretrain` that notes the keys and brings in `kind:step:rank` (kind:step-step:rank).
+
+    `die:0:rank` is before the first batch.
+    """
     kind, when, who = fault.split(":") if fault else ("", "0", "0")
     first, last = (int(part) for part in (when.split("-") * 2)[:2])
     if kind == "int":  # which a shell has its background ignore
@@ -37,6 +41,8 @@ def inject(fault: str, steps: int, note: Path):
 
     def deal(loader, first_step):
         accumulation = loader.share.accumulation
+        if (kind, first, int(who)) == ("die", 0, rank()):
+            os.kill(os.getpid(), signal.SIGKILL)
         for number, batch in enumerate(Loader.batches(loader, first_step)):
             step = first_step + number // accumulation + 1
             if rank() == int(who) and first <= step <= last:
@@ -86,6 +92,7 @@ def main() -> None:
     parser.add_argument("--ds-keys", type=json.loads, default={})
     options = parser.parse_args()
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(180)  # most tests wait 200 s: for whoever asks where a rank was
     configure_logging()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     run = {"folder": str(options.run), "steps": options.steps, "hang_seconds": 120} | options.run_keys

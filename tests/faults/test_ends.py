@@ -59,26 +59,28 @@ def test_the_signal_of_ctrl_c_ends_with_a_checkpoint_and_a_second_one_at_once(st
 
 
 @pytest.mark.parametrize(
-    "kind,rank,said",
+    "kind,step,rank,said",
     [
-        ("hang", 1, "rank 1 hangs while waiting for the data of step 3, at ranks.py"),
-        ("die", 1, "rank 1 gives no sign of life: its process is gone"),
-        ("die", 0, "rank 0 gives no sign of life: its process is gone"),
-        ("freeze", 1, "rank 1 gives no sign of life: its process is gone or stopped"),
-        ("freeze", 0, "rank 0 gives no sign of life for 16 s: its process is gone or stopped"),
+        ("hang", 3, 1, "rank 1 hangs while waiting for the data of step 3, at ranks.py"),
+        ("die", 0, 1, "rank 1 gives no sign of life: its process is gone"),
+        ("die", 3, 1, "rank 1 gives no sign of life: its process is gone"),
+        ("die", 3, 0, "rank 0 gives no sign of life: its process is gone"),
+        ("freeze", 3, 1, "rank 1 gives no sign of life: its process is gone or stopped"),
+        ("freeze", 3, 0, "rank 0 gives no sign of life for 16 s: its process is gone or stopped"),
     ],
 )
-def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, kind, rank, said):
-    if not full and (kind, rank) not in (("hang", 1), ("die", 1)):
+def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, kind, step, rank, said):
+    if not full and (kind, step) not in (("hang", 3), ("die", 0)):
         pytest.skip("make faults runs them all")
-    run = start(tmp_path / "run", 2, "--steps", "99", *HANG, "--fault", f"{kind}:3:{rank}")
+    run = start(tmp_path / "run", 2, "--steps", "99", *HANG, "--fault", f"{kind}:{step}:{rank}")
     began = time.monotonic()
     codes = run.wait(timeout=200, besides=(rank,) if kind in ("die", "freeze") else ())
     seconds = time.monotonic() - began
     other = 1 - rank
-    assert codes[other] == HUNG, run.errors
+    assert codes[other] == HUNG, run.errors[other]
     assert said in run.errors[other], run.errors[other]
-    finding("F9", f"{kind} of rank {rank}: named, all ended {seconds:.0f} s after the start (limit 12 s)")
+    what = f"{kind} of rank {rank} at step {step}"
+    finding("F9", f"{what}: named, all ended {seconds:.0f} s after the start (limit 12 s)")
 
 
 def test_memory_that_does_not_suffice_is_reported(root, tmp_path, monkeypatch, finding):

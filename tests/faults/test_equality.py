@@ -31,8 +31,10 @@ def exported(run):
 
 
 def assert_same(run, reference, steps):
-    np.testing.assert_allclose(losses(run), losses(reference), rtol=2e-4)
-    assert len(losses(run)) == steps
+    found, expected = losses(run), losses(reference)
+    np.testing.assert_allclose(found[:, :-1], expected[:, :-1], rtol=2e-4)
+    np.testing.assert_allclose(found[:, -1], expected[:, -1], rtol=1e-3)  # the norm, of sums in another order
+    assert len(found) == steps
     name = f"step-{steps:08d}"
     one, two = (load_file(r / "checkpoints" / name / "snapshot.safetensors") for r in (run, reference))
     assert one.keys() == two.keys()
