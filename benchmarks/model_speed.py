@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from variants import ops
 
 from miles_fast.config import Config, RunConfig
 from miles_fast.models.flops import peak_flops, video_flops
@@ -38,7 +39,11 @@ def measure_encoder(config: Config, batch: int, passes: int, device: torch.devic
     if half is torch.bfloat16:
         ways.append(("as published, bf16", "eager", half, plain))
     ways.append(("as published, fp32", "eager", torch.float32, plain))
-    return [_measure(config, batch, passes, device, *way) for way in ways]
+    rows = []
+    for way in ways:
+        with ops(plain=way[-1] is plain):
+            rows.append(_measure(config, batch, passes, device, *way))
+    return rows
 
 
 def _measure(

@@ -33,6 +33,7 @@ class Variant:
     plain_ops: bool = False
 
 
+PLAIN_OPS = ("token_gather", "feature_regression", "linear_gelu")  # the last decides for biased_gelu
 _EAGER = (
     "run.compile=false",
     "run.cuda_graphs=false",
@@ -137,7 +138,7 @@ def train_variant(
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder, _ops(plain=variant.plain_ops):
+    with tempfile.TemporaryDirectory() as folder, ops(plain=variant.plain_ops):
         run = [f"run.steps={steps}", f"run.folder={folder}/run", f"run.log_every={log_every}"]
         config = load_config(config_file, [*overrides, *variant.overrides, *run])
         settings = check_ds_config(_merged(ds_tree, variant.ds), "ds config", config, cuda=cuda, ranks=1)
@@ -149,10 +150,10 @@ def train_variant(
 
 
 @contextlib.contextmanager
-def _ops(*, plain: bool) -> Iterator[None]:
-    """With `plain`, gather and regression run their plain-torch definitions."""
+def ops(*, plain: bool) -> Iterator[None]:
+    """With `plain`, PLAIN_OPS run their plain-torch definitions; attention is the config's."""
     with contextlib.ExitStack() as stack:
-        for op in ("token_gather", "feature_regression", "biased_gelu") if plain else ():
+        for op in PLAIN_OPS if plain else ():
             # A Mock would keep the tensors of every call.
             stack.enter_context(mock.patch(f"miles_fast.kernels.{op}.runs_triton", lambda *_: False))
         yield

@@ -175,15 +175,25 @@ def test_ablations_change_one_thing_each(root, monkeypatch):
 
 def test_plain_ops_keep_no_tensor(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from variants import _ops
+    from variants import ops
 
     from miles_fast.kernels import token_gather
 
     rows = torch.zeros(2, 4, 8)
-    with _ops(plain=True):
+    with ops(plain=True):
         token_gather.token_gather(rows, torch.arange(3).expand(2, 3).contiguous())
         rows = weakref.ref(rows)
         assert rows() is None
+
+
+def test_plain_ops_are_all_that_have_a_kernel_but_attention(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from variants import PLAIN_OPS
+
+    files = (BENCHMARKS.parent / "kernels").glob("*.py")
+    deciding = {file.stem for file in files if "runs_triton(" in file.read_text()}
+    attention = {name for name in deciding if name.endswith("_attention")}
+    assert set(PLAIN_OPS) == deciding - attention - {"dispatch", "biased_gelu"}
 
 
 def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch):
