@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch import config as partitioning
 
 
@@ -25,3 +25,10 @@ def inductor_within(memory_budget: float) -> str | Callable:
             return compile_fx(graph, inputs)
 
     return backend
+
+
+def compile_each(layers: Iterable[nn.Module], memory_budget: float = 1.0) -> None:
+    """Have layers compiled when they first run, anew for each shape; those alike share one compilation."""
+    backend = inductor_within(memory_budget)
+    for layer in layers:
+        layer.compile(dynamic=False, backend=backend)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miles_fast.config import ModelConfig, TextEncoderConfig
+from miles_fast.models.compilation import compile_each
 from miles_fast.models.text_encoder import build_text_encoder
 from miles_fast.models.video_encoder import SpaceTimeTransformer, image_weights, load_image_weights
 
@@ -53,8 +54,7 @@ class DualEncoder(nn.Module):
         `memory_budget` is the video encoder's: captions take little, and their encoder drops out.
         """
         self.video_model.compile_layers(memory_budget)
-        for layer in self.text_model.transformer.layer:
-            layer.compile(dynamic=False)
+        compile_each(self.text_model.transformer.layer)
 
     def embed_text(self, token_ids_BL: Tensor, attention_BL: Tensor) -> Tensor:
         """Captions in the shared space, not normalised: (B, L), (B, L) -> (B, E)."""

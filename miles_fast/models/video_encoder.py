@@ -16,7 +16,7 @@ from miles_fast.kernels.fp8_linear import fp8_linear
 from miles_fast.kernels.linear_gelu import linear_gelu
 from miles_fast.kernels.token_gather import token_gather
 from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
-from miles_fast.models.compilation import inductor_within
+from miles_fast.models.compilation import compile_each, inductor_within
 
 
 class DividedAttention(nn.Module):
@@ -200,10 +200,8 @@ class SpaceTimeTransformer(nn.Module):
         A layer at a time: all share one compilation. The whole tower takes four times as long to compile.
         What `memory_budget` means: RunConfig.activation_memory_budget.
         """
-        backend = inductor_within(memory_budget)
-        self.embed = torch.compile(self.embed, dynamic=False, backend=backend)
-        for block in self.blocks:
-            block.compile(dynamic=False, backend=backend)
+        self.embed = torch.compile(self.embed, dynamic=False, backend=inductor_within(memory_budget))
+        compile_each(self.blocks, memory_budget)
 
     def temporal_table(self, num_frames: int) -> Tensor:
         """Rows of `temporal_embed` for a clip, (T, D): the first T, or interpolated linearly beyond them."""

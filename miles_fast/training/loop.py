@@ -21,7 +21,7 @@ from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
 from miles_fast.distributed import barrier, gather_objects, logger, note_once, rank, world_size
-from miles_fast.models.compilation import inductor_within
+from miles_fast.models.compilation import compile_each
 from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
 from miles_fast.models.fp8 import use_fp8
 from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
@@ -178,8 +178,7 @@ def compile_passes(objective: Objective, snapshot: Snapshot | None, memory_budge
     if snapshot is not None:
         snapshot.video_model.compile_layers()
     if objective.method.view == "D":
-        for block in objective.predictor.blocks:
-            block.compile(dynamic=False, backend=inductor_within(memory_budget))
+        compile_each(objective.predictor.blocks, memory_budget)
     objective.statistics = torch.compile(objective.statistics, dynamic=False)
 
 
