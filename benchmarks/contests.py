@@ -92,6 +92,9 @@ _SPACE_FORWARD = _listed(
 )
 # (rows a step, steps, columns, warps)
 _GELU_BACKWARD = _listed(
+    (16, 16, 64, 2),
+    (8, 32, 128, 2),
+    (32, 8, 64, 4),
     (32, 8, 128, 4),
     (16, 8, 128, 4),
     (16, 16, 256, 4),

@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from fork_server import LAUNCHERS, PATHS, ROOT
 from tiny import ds_tree, tiny_tree
 
 from miles_fast.training.checkpoint import find_checkpoint
 from miles_fast.training.progress import read_log
 from miles_fast.training.signals import HUNG, STOPPED
 
-ROOT = Path(__file__).parents[2]
 STEPS = 60  # some seconds: long enough to be stopped in
 PROGRAM = "launch/pretrain.py"
 STARTED: list[subprocess.Popen] = []
@@ -50,11 +50,11 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
     every = {
         **os.environ,
         "PATH": path,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PATHS,
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHERS:
         every.pop(name, None)
     # Ctrl-C is what a shell has its background ignore.
     options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}

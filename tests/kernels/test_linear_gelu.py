@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from miles_fast.kernels import cases
 from miles_fast.kernels import linear_gelu as module
@@ -49,6 +50,20 @@ def test_takes_what_the_kernel_does_not(monkeypatch, shape):
     tolerance = dict(rtol=1e-5, atol=1e-5) if found.dtype == torch.float32 else dict(rtol=2e-2, atol=2e-3)
     torch.testing.assert_close(found, expected, **tolerance)
     gradients = [torch.autograd.grad(out.square().mean(), inputs) for out in (found, expected)]
+    torch.testing.assert_close(*gradients, **tolerance)
+
+
+@pytest.mark.parametrize("sizes,dtype", [((3, 5, 6, 10), torch.float32), ((2, 65, 72, 264), torch.float16)])
+def test_is_a_linear_layer_and_its_gelu(sizes, dtype):
+    B, N, K, D = sizes
+    layer = torch.nn.Linear(K, D).to(DEVICE, dtype)
+    x = torch.randn(B, N, K, device=DEVICE, dtype=dtype, requires_grad=True)
+    leaves = (x, layer.weight, layer.bias)
+    weight = torch.randn(B, N, D, device=DEVICE, dtype=dtype)
+    tolerance = {} if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    found, expected = linear_gelu(*leaves), F.gelu(layer(x))
+    torch.testing.assert_close(found, expected, **tolerance)
+    gradients = [torch.autograd.grad((out * weight).sum(), leaves) for out in (found, expected)]
     torch.testing.assert_close(*gradients, **tolerance)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fork_server import LAUNCHERS, ROOT, free_port, run
+from fork_server import LAUNCHERS, PATHS, ROOT, free_port, run
 from safetensors.torch import load_file
 from tiny import ds_tree, tiny_tree, write_data
 
@@ -42,7 +42,7 @@ def experiment(tmp_path_factory):
 
 def test_train_export_and_evaluate(experiment):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
+    environment = {**os.environ, "PYTHONPATH": PATHS, "PATH": path}
     for name in LAUNCHERS:
         environment.pop(name, None)
     launcher = ("deepspeed", "--num_gpus", "1", "--master_port", str(free_port()), "launch/pretrain.py")
