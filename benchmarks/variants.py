@@ -33,7 +33,8 @@ class Variant:
     plain_ops: bool = False
 
 
-PLAIN_OPS = ("token_gather", "feature_regression", "linear_gelu")  # the last decides for biased_gelu
+# linear_gelu decides for biased_gelu too.
+PLAIN_OPS = ("token_gather", "feature_regression", "linear_gelu", "fp8_mlp")
 _EAGER = (
     "run.compile=false",
     "run.cuda_graphs=false",

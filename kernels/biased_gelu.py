@@ -77,8 +77,10 @@ def _gelu_gradient_kernel(
     hidden_ptr,
     d_hidden_ptr,
     partial_ptr,
+    out_ptr,
     M,
     D,
+    AGAIN: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -96,12 +98,14 @@ def _gelu_gradient_kernel(
         d_out = tl.load(d_out_ptr + place, mask=inside, other=0.0).to(tl.float32)
         d_hidden = d_out * _gelu_slope(x, hidden_ptr.dtype.element_ty == tl.float32)
         tl.store(d_hidden_ptr + place, d_hidden, mask=inside)
+        if AGAIN:
+            tl.store(out_ptr + place, gelu_of(x, hidden_ptr.dtype.element_ty == tl.float32), mask=inside)
         total += tl.sum(d_hidden, axis=0)
     tl.store(partial_ptr + chunk * D + column, total, mask=column < D)
 
 
 # Opaque custom ops rather than triton_op: `wrap_triton` refuses interpreted kernels, and on either side is a
-# matrix product, with which the compiler fuses nothing (but a cast to fp8 in front of one: `fusible`).
+# matrix product, with which the compiler fuses nothing.
 @torch.library.custom_op(
     "miles_fast::biased_gelu", mutates_args=(), schema="(Tensor hidden, Tensor bias_D) -> Tensor"
 )
@@ -123,31 +127,35 @@ def _(hidden, bias_D):
 @torch.library.custom_op(
     "miles_fast::gelu_backward",
     mutates_args=(),
-    schema="(Tensor d_out, Tensor hidden) -> (Tensor, Tensor)",
+    schema="(Tensor d_out, Tensor hidden, bool again=False) -> (Tensor, Tensor, Tensor)",
 )
-def gelu_backward(d_out, hidden):
+def gelu_backward(d_out, hidden, again=False):
+    """Gradients of hidden and of the bias, in float32, and `again` gelu(hidden), else nothing."""
     d_out, hidden = d_out.contiguous(), hidden.contiguous()
     D = hidden.shape[-1]
     M = math.prod(hidden.shape[:-1])
     rows, steps, columns, num_warps = LAUNCH_BACKWARD.get(triton.next_power_of_2(D), LAUNCH_BACKWARD[4096])
     d_hidden = torch.empty_like(hidden)
+    out = hidden.new_empty(hidden.shape if again else 0)
     C = triton.cdiv(M, rows * steps)
     partial_CD = hidden.new_empty((C, D), dtype=torch.float32)
     if hidden.numel():
         with torch.cuda.device_of(hidden):
             _gelu_gradient_kernel[(C * triton.cdiv(D, columns),)](
-                *(d_out, hidden, d_hidden, partial_CD, M, D),
+                *(d_out, hidden, d_hidden, partial_CD, out, M, D),
+                AGAIN=again,
                 ROWS=rows,
                 STEPS=steps,
                 COLUMNS=columns,
                 num_warps=num_warps,
             )
-    return d_hidden, partial_CD.sum(0)
+    return d_hidden, partial_CD.sum(0), out
 
 
 @gelu_backward.register_fake
-def _(d_out, hidden):
-    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[-1:], dtype=torch.float32)
+def _(d_out, hidden, again=False):
+    d_bias_D = hidden.new_empty(hidden.shape[-1:], dtype=torch.float32)
+    return hidden.new_empty(hidden.shape), d_bias_D, hidden.new_empty(hidden.shape if again else 0)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -158,30 +166,18 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, d_out):
     (hidden,) = ctx.saved_tensors
-    d_hidden, d_bias_D = gelu_backward(d_out, hidden)
+    d_hidden, d_bias_D, _ = gelu_backward(d_out, hidden)
     return d_hidden, d_bias_D.to(ctx.bias_dtype)
 
 
 _biased_gelu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-class _FusibleGelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, bias_D):
-        _save_for_backward(ctx, (hidden, bias_D), None)
-        return F.gelu(hidden)
-
-    @staticmethod
-    def backward(ctx, d_out):
-        return _backward(ctx, d_out)
-
-
-def biased_gelu(hidden: torch.Tensor, bias_D: torch.Tensor, *, fusible: bool = False) -> torch.Tensor:
+def biased_gelu(hidden: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:
     """Exact GELU of (..., D), whose gradient reaches `hidden` and, summed over all rows, `bias_D`.
 
     Triton for float32, bfloat16 and float16 on CUDA tensors (or under TRITON_INTERPRET=1), else the
-    reference. Tensors that are not contiguous are copied once. `fusible`: the forward pass is torch's, which
-    the compiler joins with what reads the output.
+    reference. Tensors that are not contiguous are copied once.
 
     Raises:
         ValueError: hidden is not floating-point, or the bias is not (D,).
@@ -192,5 +188,5 @@ def biased_gelu(hidden: torch.Tensor, bias_D: torch.Tensor, *, fusible: bool = F
             f"{tuple(hidden.shape)} and {tuple(bias_D.shape)}"
         )
     if runs_triton(hidden):
-        return _FusibleGelu.apply(hidden, bias_D) if fusible else _biased_gelu(hidden, bias_D)
+        return _biased_gelu(hidden, bias_D)
     return biased_gelu_reference(hidden, bias_D)

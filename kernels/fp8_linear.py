@@ -17,14 +17,33 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-_LARGEST = torch.finfo(torch.float8_e4m3fn).max
-_TINY = 1e-30  # of a row's largest number: rows of zeros are divided by something
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+TINY = 1e-30  # of a row's largest number: rows of zeros are divided by something
 
 
 def quantized_rows(rows_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 numbers (M, K) and the float32 scale of each row (M, 1); inf and nan make the scale such."""
-    scale_M1 = rows_MK.abs().amax(-1, keepdim=True).float().clamp(min=_TINY) / _LARGEST
+    scale_M1 = rows_MK.abs().amax(-1, keepdim=True).float().clamp(min=TINY) / LARGEST
     return (rows_MK.float() / scale_M1).to(torch.float8_e4m3fn).contiguous(), scale_M1
+
+
+def scaled_product(
+    x8: torch.Tensor,
+    scale_x: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(M, K) of e4m3 and the scale of each row (M, 1) by a weight not yet rounded: (M, N) of `dtype`.
+
+    torch._scaled_mm on a GPU; elsewhere a float32 product of the numbers that the 8 bits stand for.
+    """
+    w8, scale_w = quantized_rows(weight_NK)
+    if x8.is_cuda:
+        scales = scale_x, scale_w.t()
+        return torch._scaled_mm(x8, w8.t(), *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=True)
+    out = F.linear(x8.float() * scale_x, w8.float() * scale_w)
+    return (out if bias_N is None else out + bias_N).to(dtype)
 
 
 def fp8_linear_reference(
@@ -36,16 +55,17 @@ def fp8_linear_reference(
     return (out if bias_N is None else out + bias_N).to(x.dtype)
 
 
+def check_halves(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise ValueError where on a GPU these are not bfloat16."""
+    if x.is_cuda and not (x.dtype == weight.dtype == torch.bfloat16):
+        raise ValueError(f"fp8 products take bfloat16 on a GPU, got {x.dtype} and {weight.dtype}")
+
+
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_NK, bias_N):
         ctx.save_for_backward(x, weight_NK)
-        if not x.is_cuda:
-            return fp8_linear_reference(x, weight_NK, bias_N)
-        (x8, scale_x), (w8, scale_w) = quantized_rows(x.flatten(0, -2)), quantized_rows(weight_NK)
-        out = torch._scaled_mm(
-            *(x8, w8.t(), scale_x, scale_w.t()), bias=bias_N, out_dtype=x.dtype, use_fast_accum=True
-        )
+        out = scaled_product(*quantized_rows(x.flatten(0, -2)), weight_NK, bias_N, x.dtype)
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -67,6 +87,5 @@ def fp8_linear(x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | 
 
     Raises ValueError where on a GPU x and weight are not bfloat16.
     """
-    if x.is_cuda and not (x.dtype == weight_NK.dtype == torch.bfloat16):
-        raise ValueError(f"fp8_linear takes bfloat16 on a GPU, got {x.dtype} and {weight_NK.dtype}")
+    check_halves(x, weight_NK)
     return _Fp8Linear.apply(x, weight_NK, bias_N)

@@ -6,6 +6,8 @@ Out of a pass of its own, GELU reads and writes what the product has just writte
 of ViT-B at 128 clips of 4 frames. Here hidden is stored for backward alone, and only when that is wanted.
 Backward is `biased_gelu`'s, and the two products of a linear layer.
 
+`scaled_linear_gelu` is the same of 8-bit floats, to 8-bit floats (kernels/fp8_mlp.py).
+
 Letters: M rows, K numbers in, D numbers out.
 """
 
@@ -19,12 +21,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from miles_fast.kernels.biased_gelu import biased_gelu, gelu_backward, gelu_of
 from miles_fast.kernels.dispatch import INTERPRETED, jit, product, runs_triton, tl, triton
-from miles_fast.kernels.fp8_linear import fp8_linear
 
 # D rounded up to a power of two -> (rows, columns and depth of a tile, slices that its end is done in, warps,
 # stages). The fastest of those that `python benchmarks/micro.py --op linear_gelu --sweep` tries, on an H100
 # at 128 clips of 785 tokens, 768 to 3072, bf16. Widths that are not named get the same.
 LAUNCH_FORWARD = {4096: (128, 256, 64, 2, 8, 4)}
+LAUNCH_SCALED = (128, 256, 128, 2, 8, 3)  # of four tried at the same shape
 
 
 def linear_gelu_reference(x: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:
@@ -37,6 +39,9 @@ def _linear_gelu_kernel(
     x_desc,
     weight_desc,
     bias_ptr,
+    x_scale_ptr,
+    weight_scale_ptr,
+    out_scale_ptr,
     hidden_desc,
     out_desc,
     M,
@@ -48,6 +53,7 @@ def _linear_gelu_kernel(
     BLOCK_K: tl.constexpr,
     SLICES: tl.constexpr,
     KEEP: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     # Persistent programs: the next tile's first loads overlap the end of this one. Column tiles vary fastest:
     # the weight stays in the L2 cache, and each row of x is read about once.
@@ -57,39 +63,48 @@ def _linear_gelu_kernel(
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for k in range(0, K, BLOCK_K):
             total = product(x_desc.load([row, k]), weight_desc.load([column, k]).T, total)
+        x_scale, out_scale = 1.0, 1.0
+        if SCALED:
+            rows = row + tl.arange(0, BLOCK_M)
+            x_scale = tl.load(x_scale_ptr + rows, mask=rows < M, other=1.0)[:, None]
+            out_scale = tl.load(out_scale_ptr + rows, mask=rows < M, other=1.0)[:, None]
+        ends = bias_ptr, weight_scale_ptr, x_scale, out_scale, hidden_desc, out_desc
         if SLICES == 1:
-            _end_tile(total, row, column, bias_ptr, hidden_desc, out_desc, D, KEEP, BLOCK_D)
+            _end_tile(total, row, column, ends, D, KEEP, SCALED, BLOCK_D)
         else:  # of half the columns each: fewer registers
             left, right = total.reshape(BLOCK_M, 2, BLOCK_D // 2).permute(0, 2, 1).split()
-            _end_tile(left, row, column, bias_ptr, hidden_desc, out_desc, D, KEEP, BLOCK_D // 2)
-            column += BLOCK_D // 2
-            _end_tile(right, row, column, bias_ptr, hidden_desc, out_desc, D, KEEP, BLOCK_D // 2)
+            _end_tile(left, row, column, ends, D, KEEP, SCALED, BLOCK_D // 2)
+            _end_tile(right, row, column + BLOCK_D // 2, ends, D, KEEP, SCALED, BLOCK_D // 2)
 
 
 @jit
-def _end_tile(
-    total, row, column, bias_ptr, hidden_desc, out_desc, D, KEEP: tl.constexpr, WIDTH: tl.constexpr
-):
+def _end_tile(total, row, column, ends, D, KEEP: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr):
+    bias_ptr, weight_scale_ptr, x_scale, out_scale, hidden_desc, out_desc = ends
     columns = column + tl.arange(0, WIDTH)
+    if SCALED:
+        total *= x_scale * tl.load(weight_scale_ptr + columns, mask=columns < D, other=0.0)[None, :]
     bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    hidden = (total + bias[None, :]).to(out_desc.dtype)
+    hidden = (total + bias[None, :]).to(bias_ptr.dtype.element_ty)
     if KEEP:
         hidden_desc.store([row, column], hidden)
-    out_desc.store([row, column], gelu_of(hidden.to(tl.float32), EXACT=False).to(out_desc.dtype))
+    out = gelu_of(hidden.to(tl.float32), EXACT=False)
+    if SCALED:
+        out *= 1.0 / out_scale
+    out_desc.store([row, column], out.to(out_desc.dtype))
 
 
 def _launch(D: int) -> tuple[int, ...]:
     return LAUNCH_FORWARD.get(triton.next_power_of_2(D), LAUNCH_FORWARD[4096])
 
 
-def _fits(x: torch.Tensor, weight_DK: torch.Tensor) -> bool:
+def _fits(x: torch.Tensor, weight_DK: torch.Tensor, launch: tuple[int, ...], multiple: int) -> bool:
     """Whether the kernel takes these: halves, rows of whole 16 bytes, a tile at least, TMA."""
     D, K = weight_DK.shape
-    block_m, block_d, block_k, *_ = _launch(D)
+    block_m, block_d, block_k, *_ = launch
     halves = x.dtype == weight_DK.dtype and x.dtype in (torch.bfloat16, torch.float16)
     large = D >= block_d and K >= block_k and math.prod(x.shape[:-1]) >= block_m
     hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return halves and large and D % 8 == 0 and K % 8 == 0 and (hopper or INTERPRETED)
+    return halves and large and D % multiple == 0 and K % multiple == 0 and (hopper or INTERPRETED)
 
 
 def _for_bulk_copies(rows: torch.Tensor) -> torch.Tensor:
@@ -98,31 +113,27 @@ def _for_bulk_copies(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
-@torch.library.custom_op(
-    "miles_fast::linear_gelu",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight_DK, Tensor bias_D, bool keep) -> (Tensor, Tensor)",
-)
-def _linear_gelu(x, weight_DK, bias_D, keep):
+def _run(x_MK, weight_DK, bias_D, scales, keep, launch):
+    """(out (M, D) in x's dtype, hidden in bias_D's or nothing); `scales` of the rows of x, weight and out."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    D, K = weight_DK.shape
-    block_m, block_d, block_k, slices, num_warps, num_stages = _launch(D)
-    x_MK, weight_DK = (_for_bulk_copies(tensor.reshape(-1, K)) for tensor in (x, weight_DK))
-    M = len(x_MK)
-    out_MD = x.new_empty((M, D))
-    hidden_MD = torch.empty_like(out_MD) if keep else x.new_empty(0)
+    block_m, block_d, block_k, slices, num_warps, num_stages = launch
+    x_MK, weight_DK = _for_bulk_copies(x_MK), _for_bulk_copies(weight_DK)
+    (M, K), D = x_MK.shape, len(weight_DK)
+    out_MD = x_MK.new_empty((M, D))
+    hidden_MD = bias_D.new_empty((M, D) if keep else 0)
 
     def tiles(tensor, *block):
         return TensorDescriptor.from_tensor(tensor, list(block))
 
-    with torch.cuda.device_of(x):
-        programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    with torch.cuda.device_of(x_MK):
+        programs = torch.cuda.get_device_properties(x_MK.device).multi_processor_count if x_MK.is_cuda else 2
         out_desc = tiles(out_MD, block_m, block_d // slices)
         _linear_gelu_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(D, block_d)),)](
             tiles(x_MK, block_m, block_k),
             tiles(weight_DK, block_d, block_k),
             bias_D.contiguous(),
+            *(scales or (None, None, None)),
             tiles(hidden_MD, block_m, block_d // slices) if keep else out_desc,
             out_desc,
             *(M, D, K, programs),
@@ -131,9 +142,23 @@ def _linear_gelu(x, weight_DK, bias_D, keep):
             BLOCK_K=block_k,
             SLICES=slices,
             KEEP=keep,
+            SCALED=scales is not None,
             num_warps=num_warps,
             num_stages=num_stages,
         )
+    return out_MD, hidden_MD
+
+
+@torch.library.custom_op(
+    "miles_fast::linear_gelu",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight_DK, Tensor bias_D, bool keep) -> (Tensor, Tensor)",
+)
+def _linear_gelu(x, weight_DK, bias_D, keep):
+    D, K = weight_DK.shape
+    out_MD, hidden_MD = _run(
+        x.reshape(-1, K), weight_DK, bias_D.to(x.dtype), None, keep, _launch(LAUNCH_FORWARD, D)
+    )
     shape = (*x.shape[:-1], D)
     return out_MD.view(shape), hidden_MD.view(shape) if keep else hidden_MD
 
@@ -144,7 +169,33 @@ def _(x, weight_DK, bias_D, keep):
     return out, torch.empty_like(out) if keep else x.new_empty(0)
 
 
-@register_flop_formula(torch.ops.miles_fast.linear_gelu)
+@torch.library.custom_op(
+    "miles_fast::scaled_linear_gelu",
+    mutates_args=(),
+    schema="(Tensor x_MK, Tensor weight_DK, Tensor bias_D, Tensor x_scale_M, Tensor weight_scale_D, "
+    "Tensor out_scale_M, bool keep) -> (Tensor, Tensor)",
+)
+def scaled_linear_gelu(x_MK, weight_DK, bias_D, x_scale_M, weight_scale_D, out_scale_M, keep):
+    """(e4m3 of gelu(hidden) / out_scale, hidden in the bias' dtype or nothing): both of (M, D), no history.
+
+    hidden = x_scale weight_scale (x weight^T) + bias of e4m3 numbers. Only where `takes_scaled` says so.
+    """
+    scales = tuple(scale.contiguous() for scale in (x_scale_M, weight_scale_D, out_scale_M))
+    return _run(x_MK, weight_DK, bias_D, scales, keep, LAUNCH_SCALED)
+
+
+@scaled_linear_gelu.register_fake
+def _(x_MK, weight_DK, bias_D, x_scale_M, weight_scale_D, out_scale_M, keep):
+    shape = len(x_MK), len(weight_DK)
+    return x_MK.new_empty(shape), bias_D.new_empty(shape if keep else 0)
+
+
+def takes_scaled(x: torch.Tensor, weight_DK: torch.Tensor) -> bool:
+    """Whether `scaled_linear_gelu` takes 8-bit floats of what are halves here."""
+    return runs_triton(x) and _fits(x, weight_DK, LAUNCH_SCALED, 16)
+
+
+@register_flop_formula([torch.ops.miles_fast.linear_gelu, torch.ops.miles_fast.scaled_linear_gelu])
 def _(x_shape, weight_shape, *_, **__):
     return 2 * math.prod(x_shape) * weight_shape[0]
 
@@ -159,7 +210,7 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, d_out, _):
     x, weight_DK, hidden = ctx.saved_tensors
-    d_hidden, d_bias_D = gelu_backward(d_out, hidden)
+    d_hidden, d_bias_D, _ = gelu_backward(d_out, hidden)
     d_weight_DK = d_hidden.flatten(0, -2).T @ x.flatten(0, -2)
     return d_hidden @ weight_DK, d_weight_DK, d_bias_D.to(ctx.bias_dtype), None
 
@@ -167,19 +218,15 @@ def _backward(ctx, d_out, _):
 _linear_gelu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def linear_gelu(
-    x: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor, *, fp8: bool = False
-) -> torch.Tensor:
+def linear_gelu(x: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:
     """gelu(x weight^T + bias), (..., K) to (..., D): the exact GELU of a linear layer.
 
     One Triton kernel for bfloat16 and float16 on Hopper GPUs and later (or under TRITON_INTERPRET=1) from 256
     numbers out and 128 rows on; on other GPUs, and in float32, the product and `biased_gelu`; else the
-    reference. With `fp8` the product is `fp8_linear`'s, and the GELU one that the compiler joins with a cast
-    to fp8.
+    reference.
     """
-    if not fp8 and runs_triton(x) and _fits(x, weight_DK):
+    if runs_triton(x) and _fits(x, weight_DK, _launch(len(weight_DK)), 8):
         return _linear_gelu(x, weight_DK, bias_D, torch.is_grad_enabled())[0]
-    linear = fp8_linear if fp8 else F.linear
     if x.is_cuda and runs_triton(x):
-        return biased_gelu(linear(x, weight_DK, bias_D.detach()), bias_D, fusible=fp8)
-    return F.gelu(linear(x, weight_DK, bias_D))
+        return biased_gelu(F.linear(x, weight_DK, bias_D.detach()), bias_D)
+    return linear_gelu_reference(x, weight_DK, bias_D)

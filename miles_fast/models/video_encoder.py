@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from miles_fast.config import VideoEncoderConfig
 from miles_fast.kernels.fp8_linear import fp8_linear
+from miles_fast.kernels.fp8_mlp import fp8_mlp
 from miles_fast.kernels.linear_gelu import linear_gelu
 from miles_fast.kernels.token_gather import token_gather
 from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
@@ -50,8 +51,9 @@ class Mlp(nn.Module):
         self.fp8 = False
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = linear_gelu(x, self.fc1.weight, self.fc1.bias, fp8=self.fp8)
-        return fp8_linear(hidden, self.fc2.weight, self.fc2.bias) if self.fp8 else self.fc2(hidden)
+        if self.fp8:
+            return fp8_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
 class Block(nn.Module):

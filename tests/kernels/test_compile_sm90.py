@@ -140,51 +140,59 @@ def _compilations():
         ),
     )
     rows, steps, columns, num_warps = biased_gelu.LAUNCH_BACKWARD[4096]
-    halves = ("d_out_ptr", "hidden_ptr", "d_hidden_ptr")
-    yield (
-        "gelu_gradient",
-        Compilation(
-            kernel=biased_gelu._gelu_gradient_kernel,
-            pointers={**dict.fromkeys(halves, "*bf16"), "partial_ptr": "*fp32"},
-            constants={"ROWS": rows, "STEPS": steps, "COLUMNS": columns},
-            num_warps=num_warps,
-            max_registers=128,
-        ),
-    )
+    halves = ("d_out_ptr", "hidden_ptr", "d_hidden_ptr", "out_ptr")
+    for again in (False, True):
+        yield (
+            f"gelu_gradient{'_and_output' if again else ''}",
+            Compilation(
+                kernel=biased_gelu._gelu_gradient_kernel,
+                pointers={**dict.fromkeys(halves, "*bf16"), "partial_ptr": "*fp32"},
+                constants={"AGAIN": again, "ROWS": rows, "STEPS": steps, "COLUMNS": columns},
+                num_warps=num_warps,
+                max_registers=128,
+            ),
+        )
     yield from _linear_gelu_compilations()
     yield from _temporal_attention_compilations()
     yield from _space_attention_compilations()
 
 
 def _linear_gelu_compilations():
-    rows, columns, depth, slices, num_warps, stages = linear_gelu.LAUNCH_FORWARD[4096]
-    end = f"tensordesc<bf16[{rows}, {columns // slices}]>"
-    for keep in (False, True):
-        yield (
-            f"linear_gelu-{'training' if keep else 'snapshot'}",
-            Compilation(
-                kernel=linear_gelu._linear_gelu_kernel,
-                pointers={
-                    "x_desc": f"tensordesc<bf16[{rows}, {depth}]>",
-                    "weight_desc": f"tensordesc<bf16[{columns}, {depth}]>",
-                    "bias_ptr": "*bf16",
-                    "hidden_desc": end,
-                    "out_desc": end,
-                },
-                constants={
-                    "BLOCK_M": rows,
-                    "BLOCK_D": columns,
-                    "BLOCK_K": depth,
-                    "SLICES": slices,
-                    "KEEP": keep,
-                },
-                num_warps=num_warps,
-                num_stages=stages,
-                max_registers=255,
-                vector_accesses=False,  # but for the bias, bulk copies
-                tensor_cores=True,
-            ),
-        )
+    scales = {f"{name}_scale_ptr": "*fp32" for name in ("x", "weight", "out")}
+    for kind, halves, launch in (
+        ("", "bf16", linear_gelu.LAUNCH_FORWARD[4096]),
+        ("scaled_", "fp8e4nv", linear_gelu.LAUNCH_SCALED),
+    ):
+        rows, columns, depth, slices, num_warps, stages = launch
+        for keep in (False, True):
+            yield (
+                f"{kind}linear_gelu-{'training' if keep else 'snapshot'}",
+                Compilation(
+                    kernel=linear_gelu._linear_gelu_kernel,
+                    pointers={
+                        "x_desc": f"tensordesc<{halves}[{rows}, {depth}]>",
+                        "weight_desc": f"tensordesc<{halves}[{columns}, {depth}]>",
+                        "bias_ptr": "*bf16",
+                        "hidden_desc": f"tensordesc<bf16[{rows}, {columns // slices}]>",
+                        "out_desc": f"tensordesc<{halves}[{rows}, {columns // slices}]>",
+                        **(scales if kind else {}),
+                    },
+                    constants={
+                        "BLOCK_M": rows,
+                        "BLOCK_D": columns,
+                        "BLOCK_K": depth,
+                        "SLICES": slices,
+                        "KEEP": keep,
+                        "SCALED": bool(kind),
+                        **({} if kind else dict.fromkeys(scales)),
+                    },
+                    num_warps=num_warps,
+                    num_stages=stages,
+                    max_registers=255,
+                    vector_accesses=False,  # but for the bias and the scales, bulk copies
+                    tensor_cores=True,
+                ),
+            )
 
 
 def _temporal_attention_compilations():

@@ -4,17 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miles_fast.kernels.biased_gelu import biased_gelu
-from miles_fast.kernels.dispatch import INTERPRETED
 from miles_fast.kernels.fp8_linear import fp8_linear, fp8_linear_reference, quantized_rows
-from miles_fast.kernels.linear_gelu import linear_gelu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16
 LAYERS = {"qkv": (768, 2304), "fc1": (768, 3072), "fc2": (3072, 768), "narrow": (16, 32)}
-needs_triton = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="needs Triton or its interpreter"
-)
 
 
 def leaves(K, N, rows=(3, 67), dtype=HALF, device=DEVICE):
@@ -100,29 +94,13 @@ def test_traces_as_one_graph(backend):
     norm = torch.nn.LayerNorm(32, device=DEVICE, dtype=HALF)
 
     def layer(x, weight, bias):
-        return linear_gelu(norm(x), weight, bias, fp8=True)
+        return fp8_linear(norm(x), weight, bias)
 
     ops = (torch.compile(layer, backend=backend, fullgraph=True), layer)
     results = [torch.autograd.grad(op(*inputs).square().sum(), inputs) for op in ops]
     torch.testing.assert_close(*results)
     with torch.no_grad():
         torch.testing.assert_close(ops[0](*inputs), layer(*inputs))
-
-
-@needs_triton
-def test_the_gelu_in_front_of_a_cast_is_the_same_and_traces():
-    x, weight, bias = leaves(16, 48, dtype=torch.float32)
-
-    def layer(x, weight, bias, *, fusible):
-        return biased_gelu(F.linear(x, weight, bias.detach()), bias, fusible=fusible)
-
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    results = []
-    for op, fusible in ((layer, False), (layer, True), (compiled, True)):
-        out = op(x, weight, bias, fusible=fusible)
-        results.append([out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))])
-    torch.testing.assert_close(results[1], results[0])
-    torch.testing.assert_close(results[2], results[1])
 
 
 @pytest.mark.gpu
@@ -138,24 +116,6 @@ def test_a_gpus_product_is_that_of_the_reference(K, N):
 
 
 @pytest.mark.gpu
-def test_a_gpu_compiles_what_is_around_it():
-    (x, weight, bias), (_, back, _) = leaves(768, 3072, rows=(2, 785)), leaves(3072, 768)
-    weights = [(tensor.detach() * 0.02).requires_grad_() for tensor in (weight, back)]
-    norm = torch.nn.LayerNorm(768, device=DEVICE, dtype=HALF)
-    inputs = (x, bias, *weights)
-
-    def mlp(x, bias, first, second, *, fp8=True):
-        hidden = linear_gelu(norm(x), first, bias, fp8=fp8)
-        return (fp8_linear if fp8 else F.linear)(hidden, second)
-
-    compiled, exact = torch.compile(mlp, fullgraph=True)(*inputs), mlp(*inputs, fp8=False)
-    assert 1e-2 < error(compiled, exact.double()) < 0.08
-    found, expected = (torch.autograd.grad(out.square().mean(), inputs) for out in (compiled, exact))
-    for got, wanted in zip(found, expected, strict=True):
-        assert (got - wanted).norm() < 0.1 * wanted.norm()
-
-
-@pytest.mark.gpu
 def test_a_gpus_compiled_cast_passes_on_what_is_not_finite():
     x, weight, bias = (tensor.detach() for tensor in leaves(768, 48, rows=(6,)))
     x[0], x[1, 3], x[2, 5], x[3, 7] = 0, float("inf"), float("nan"), -float("inf")
@@ -166,5 +126,5 @@ def test_a_gpus_compiled_cast_passes_on_what_is_not_finite():
 
 @pytest.mark.gpu
 def test_a_gpu_takes_bf16_only():
-    with pytest.raises(ValueError, match="bfloat16 on a GPU, got torch.float32"):
+    with pytest.raises(ValueError, match="take bfloat16 on a GPU, got torch.float32"):
         fp8_linear(*leaves(16, 16, dtype=torch.float32))

@@ -58,7 +58,7 @@ def trained(root):
 
 def test_fp8_is_near_the_full_precision_and_not_it(root, trained):
     plain = train(configured(root, root / "plain", precision=None))
-    assert all(0 < abs(a - b) < 0.05 for a, b in zip(trained[0], plain, strict=True))
+    assert all(0 < abs(a - b) < 0.1 for a, b in zip(trained[0], plain, strict=True))
 
 
 def test_a_resumed_run_equals_one_that_went_on(root, trained):

@@ -1,0 +1,115 @@
+"""fp8_mlp: two linear layers around an exact GELU, whose products are of 8-bit floats.
+
+    hidden = fp8_linear(x, first) + first_bias,   out = fp8_linear(gelu(hidden), second) + second_bias
+
+but for the scales of gelu(hidden), which its product's kernel must know before it has seen a row of it:
+
+    s[m] = (1.14 |x[m]| max_d |first[d]| + max_d |first_bias[d]|) / 448
+
+No number of the row is larger than 448 s[m] (Cauchy and Schwarz; 1.14 for what rounding adds to x and first).
+The bound is some 3 to 8 times what the row's largest number is, which costs an 8-bit float nothing: it keeps
+its four significant bits down to 2^-15 of the bound.
+
+The gradients are those of the layers unrounded (straight through), of hidden as it was computed. Saved for
+backward: x, the weights and hidden; gelu(hidden), which the second weight's gradient needs, is computed again
+by the kernel that reads hidden in any case.
+
+Letters: M rows, K numbers in and out, D hidden ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from miles_fast.kernels.biased_gelu import gelu_backward
+from miles_fast.kernels.dispatch import runs_triton
+from miles_fast.kernels.fp8_linear import (
+    LARGEST,
+    TINY,
+    check_halves,
+    fp8_linear_reference,
+    quantized_rows,
+    scaled_product,
+)
+from miles_fast.kernels.linear_gelu import scaled_linear_gelu, takes_scaled
+
+_ROUNDED = 1.14  # (1 + 2^-4)^2, by which e4m3 can lengthen two numbers' product, and float32's own errors
+
+
+def hidden_scales(x: torch.Tensor, first_DK: torch.Tensor, first_bias_D: torch.Tensor) -> torch.Tensor:
+    """What gelu(hidden) is divided by before it is rounded to e4m3: (..., 1), float32."""
+    longest = first_DK.float().norm(dim=-1).amax()
+    bound = x.float().norm(dim=-1, keepdim=True) * (_ROUNDED * longest) + first_bias_D.abs().amax().float()
+    return bound.clamp(min=TINY) / LARGEST
+
+
+def fp8_mlp_reference(
+    x: torch.Tensor,
+    first_DK: torch.Tensor,
+    first_bias_D: torch.Tensor,
+    second_KD: torch.Tensor,
+    second_bias_K: torch.Tensor,
+) -> torch.Tensor:
+    """The layers' output (..., K), by float32 products of the numbers that the 8 bits stand for."""
+    active = F.gelu(fp8_linear_reference(x, first_DK, first_bias_D))
+    scale = hidden_scales(x, first_DK, first_bias_D)
+    active8, (w8, scale_w) = (active.float() / scale).to(torch.float8_e4m3fn), quantized_rows(second_KD)
+    return (F.linear(active8.float() * scale, w8.float() * scale_w) + second_bias_K).to(x.dtype)
+
+
+class _Fp8Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, first_DK, first_bias_D, second_KD, second_bias_K, keep):
+        x_MK = x.flatten(0, -2)
+        x8, scale_x = quantized_rows(x_MK)
+        scale = hidden_scales(x_MK, first_DK, first_bias_D)
+        if takes_scaled(x_MK, first_DK):
+            first8, scale_first = quantized_rows(first_DK)
+            active8, hidden_MD = scaled_linear_gelu(
+                *(x8, first8, first_bias_D, scale_x[:, 0], scale_first[:, 0], scale[:, 0]), keep
+            )
+        else:
+            hidden_MD = scaled_product(x8, scale_x, first_DK, first_bias_D, x.dtype)
+            active8 = (F.gelu(hidden_MD).float() / scale).to(torch.float8_e4m3fn)
+        ctx.save_for_backward(x_MK, first_DK, second_KD, hidden_MD)
+        ctx.bias_dtypes = first_bias_D.dtype, second_bias_K.dtype
+        return scaled_product(active8, scale, second_KD, second_bias_K, x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x_MK, first_DK, second_KD, hidden_MD = ctx.saved_tensors
+        d_out_MK = d_out.flatten(0, -2)
+        d_active_MD = d_out_MK @ second_KD
+        if runs_triton(hidden_MD):
+            d_hidden_MD, d_first_bias_D, active_MD = gelu_backward(d_active_MD, hidden_MD, again=True)
+        else:
+            d_hidden_MD = torch.ops.aten.gelu_backward(d_active_MD, hidden_MD)
+            d_first_bias_D, active_MD = d_hidden_MD.sum(0), F.gelu(hidden_MD)
+        of_first, of_second = ctx.bias_dtypes
+        return (
+            (d_hidden_MD @ first_DK).view(d_out.shape),
+            d_hidden_MD.t() @ x_MK,
+            d_first_bias_D.to(of_first),
+            d_out_MK.t() @ active_MD,
+            d_out_MK.sum(0).to(of_second),
+            None,
+        )
+
+
+def fp8_mlp(
+    x: torch.Tensor,
+    first_DK: torch.Tensor,
+    first_bias_D: torch.Tensor,
+    second_KD: torch.Tensor,
+    second_bias_K: torch.Tensor,
+) -> torch.Tensor:
+    """second gelu(first x + first_bias) + second_bias, (..., K) to (..., K); K and D multiples of 16.
+
+    bfloat16 on Hopper GPUs and later (or under TRITON_INTERPRET=1): the first product, GELU and the rounding
+    of its output are one kernel from 256 hidden numbers, 128 in and 128 rows on. Else plain torch.
+
+    Raises ValueError where on a GPU x and the weights are not bfloat16.
+    """
+    check_halves(x, first_DK)
+    return _Fp8Mlp.apply(x, first_DK, first_bias_D, second_KD, second_bias_K, torch.is_grad_enabled())
