@@ -156,9 +156,7 @@ def _run(x_MK, weight_DK, bias_D, scales, keep, launch):
 )
 def _linear_gelu(x, weight_DK, bias_D, keep):
     D, K = weight_DK.shape
-    out_MD, hidden_MD = _run(
-        x.reshape(-1, K), weight_DK, bias_D.to(x.dtype), None, keep, _launch(LAUNCH_FORWARD, D)
-    )
+    out_MD, hidden_MD = _run(x.reshape(-1, K), weight_DK, bias_D.to(x.dtype), None, keep, _launch(D))
     shape = (*x.shape[:-1], D)
     return out_MD.view(shape), hidden_MD.view(shape) if keep else hidden_MD
 
