@@ -12,9 +12,11 @@ import torch
 PARTS = (
     (
         "attention",
-        r"flash|fmha|attend|attention|_(query|key)_gradient_|_differentiate_kernel|_combine_(output|gradient)_",
+        r"flash|fmha|attend|attention|(query|key)_gradient_|_differentiate_kernel|_combine_(output|gradient)_",
     ),
-    ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
+    ("products with their GELU", r"linear_gelu"),
+    ("gradient of GELU", r"gelu_gradient"),
+    ("other products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
     ("optimizer and snapshot", r"adam|lerp|multi_tensor|foreach"),
     ("memory copies", r"memcpy|memset|Memcpy|Memset"),
     ("communication", r"nccl"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from miles_fast.config import (
     ContrastConfig,
@@ -45,6 +46,26 @@ def test_contrast_of_orthogonal_pairs_and_chance():
     assert abs(contrastive_loss(eye, eye, ContrastConfig()).item() - expected) < 1e-12
     same = torch.ones(4, 3, dtype=torch.float64)
     assert abs(contrastive_loss(same, same, ContrastConfig()).item() - 2 * math.log(4)) < 1e-12
+
+
+def test_a_rank_scores_its_own_rows_against_all_and_the_mean_is_the_joined_loss(monkeypatch):
+    from miles_fast.training import losses
+
+    draw = torch.Generator().manual_seed(3)
+    text, video = torch.randn(2, 12, 6, generator=draw, dtype=torch.float64)
+    joined, scored, found = contrastive_loss(text, video, ContrastConfig()), [], []
+    monkeypatch.setattr(losses, "gather_rows", lambda _: torch.stack([unit(text), unit(video)], dim=1))
+    monkeypatch.setattr(losses, "unit", lambda rows: scored.append(rows.shape) or unit(rows))
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(
+        F, "cross_entropy", lambda scores, own: scored.append(scores.shape) or cross_entropy(scores, own)
+    )
+    for own in range(4):
+        monkeypatch.setattr(losses, "rank", lambda own=own: own)
+        rows = slice(3 * own, 3 * own + 3)
+        found.append(contrastive_loss(text[rows], video[rows], ContrastConfig()))
+    assert set(scored) == {(3, 6), (3, 12)}
+    torch.testing.assert_close(torch.stack(found).mean(), joined)
 
 
 def test_grad_scale_changes_the_gradient_alone():
