@@ -7,8 +7,9 @@ but for the scales of gelu(hidden), which its product's kernel must know before 
     s[m] = (1.14 |x[m]| max_d |first[d]| + max_d |first_bias[d]|) / 448
 
 No number of the row is larger than 448 s[m] (Cauchy and Schwarz; 1.14 for what rounding adds to x and first).
-The bound is some 3 to 8 times what the row's largest number is, which costs an 8-bit float nothing: it keeps
-its four significant bits down to 2^-15 of the bound.
+In a trained ViT-S on real clips the bound is 10 to 40 times a row's largest number. That costs an 8-bit float
+little, which keeps its four significant bits down to 2^-15 of the bound: there rounding moves gelu(hidden) by
+2.7 % instead of 2.6 %.
 
 The gradients are those of the layers unrounded (straight through), of hidden as it was computed. Saved for
 backward: x, the weights and hidden; gelu(hidden), which the second weight's gradient needs, is computed again
