@@ -35,11 +35,11 @@ def write_page(path: Path, head: dict[str, Any], figures: dict[str, Any]) -> Non
     parts = [f"<h1>miles_fast on {html.escape(head['machine'])}</h1>"]
     parts.append(f"<p>{head['batch']} clips a batch, torch {html.escape(head['torch'])}</p>")
     for name, title in (("step", "Training step, clips/s"), ("model", "Video encoder, clips/s")):
-        if name in figures:
-            rows = [(row["name"], row["clips_per_second"]) for row in figures[name]]
-            parts.append(_bars(title, rows))
-            if any(row["mfu"] for row in figures[name]):
-                shares = [(row["name"], 100 * row["mfu"]) for row in figures[name]]
+        ran = [row for row in figures.get(name, []) if "error" not in row]
+        if ran:
+            parts.append(_bars(title, [(row["name"], row["clips_per_second"]) for row in ran]))
+            if any(row["mfu"] for row in ran):
+                shares = [(row["name"], 100 * row["mfu"]) for row in ran]
                 parts.append(_bars("Share of the GPU's peak in model FLOPs, %", shares, full=100))
     if "parts" in figures:
         parts.append(_bars("GPU time of a step by part, ms", list(figures["parts"].items())))

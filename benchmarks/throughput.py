@@ -12,7 +12,7 @@ python benchmarks/throughput.py scaling [--gpus 1 2]        whole runs on so man
 python benchmarks/throughput.py saves [--saves 4]           what checkpoints cost a run
 
 Each stands beside what people would otherwise use, measured in the same run. Any config: [--config FILE]
-[--ds_config FILE] [section.key=value ...].
+[--ds_config FILE] [section.key=value ...]. The exit status is 1 where a row of step failed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -190,7 +191,7 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -244,6 +245,7 @@ def main() -> None:
         options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n")
     if options.report:
         write_page(options.report, head, figures)
+    return int(any("error" in row for row in figures.get("step", [])))
 
 
 def _device() -> torch.device:
@@ -257,4 +259,4 @@ def _printed(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,9 +18,12 @@ from energy import EnergyMeter
 from loader_stages import WARMUP
 
 from miles_fast.config import load_config
+from miles_fast.distributed import logger
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.loop import pretrain
+from miles_fast.training.memory_report import OutOfMemory
 from miles_fast.training.progress import read_log
+from miles_fast.training.signals import Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,23 +96,46 @@ class Row:
     joules_per_clip: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A variant that did not run, at the smallest batch that was tried."""
+
+    name: str
+    batch: int
+    error: str
+
+
 def measure_variants(
     variants: Sequence[Variant], config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int
-) -> list[Row]:
-    """Train `steps` steps of each variant, one after the other in this process."""
-    rows = []
-    for variant in variants:
-        tree = copy.deepcopy(ds_tree)
-        while True:
-            try:
-                rows.append(_measure(variant, config_file, overrides, tree, steps))
-                break
-            except torch.cuda.OutOfMemoryError:
-                batch = tree["train_micro_batch_size_per_gpu"]
-                if batch == 1:
-                    raise
-            tree["train_micro_batch_size_per_gpu"] = batch // 2
-    return rows
+) -> list[Row | Failure]:
+    """Train `steps` steps of each variant, one after the other in this process; one that fails is named."""
+    return [_measure_fitting(variant, config_file, overrides, ds_tree, steps) for variant in variants]
+
+
+def _measure_fitting(
+    variant: Variant, config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int
+) -> Row | Failure:
+    """The row at the configured batch, or at the first half, quarter, ... of it that fits the memory."""
+    tree = copy.deepcopy(ds_tree)
+    while True:
+        batch = tree["train_micro_batch_size_per_gpu"]
+        try:
+            return _measure(variant, config_file, overrides, tree, steps)
+        except Stopped:
+            raise
+        except Exception as error:
+            if batch == 1 or not _ran_out(error):
+                logger.error("%s, batch %d", variant.name, batch, exc_info=True)
+                return Failure(name=variant.name, batch=batch, error=f"{type(error).__name__}: {error}")
+        # Behind the except clause, whose traceback holds the step's tensors.
+        tree["train_micro_batch_size_per_gpu"] = batch // 2
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    """Whether memory is at the root of it: a CUDA graph's capture that ran out ends in another error."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError | OutOfMemory):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _measure(variant: Variant, config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int) -> Row:
@@ -134,8 +160,8 @@ def train_variant(
 ) -> tuple[list[dict[str, Any]], float | None]:
     """Records of a training run's log, and joules per clip behind the warm-up where the driver tells."""
     cuda = torch.cuda.is_available()
-    gc.collect()
     torch._dynamo.reset()
+    gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -168,15 +194,19 @@ def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows for people, each with its speed against the first."""
+def table(rows: Sequence[Row | Failure]) -> str:
+    """The rows for people, each with its speed against the first that ran."""
+    first = next((row for row in rows if isinstance(row, Row)), None)
     columns = ("batch", "clips/s", "of first", "ms", "data ms", "MFU %", "GiB", "J/clip")
     lines = [f"{'':<46}" + "".join(f"{column:>10}" for column in columns)]
     for row in rows:
+        if isinstance(row, Failure):
+            lines.append(f"{row.name:<46}{row.batch:>10}  failed: {row.error.splitlines()[0]}")
+            continue
         shown = (
             row.batch,
             row.clips_per_second,
-            row.clips_per_second / rows[0].clips_per_second,
+            row.clips_per_second / first.clips_per_second,
             row.step_milliseconds,
             row.data_wait_milliseconds,
             None if row.mfu is None else 100 * row.mfu,

@@ -173,6 +173,47 @@ def test_ablations_change_one_thing_each(root, monkeypatch):
     assert all(row.clips_per_second > 0 for row in rows)
 
 
+def test_a_row_that_fails_loses_no_other(root, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import throughput
+    import variants
+
+    from miles_fast.training import loop
+
+    step, tried, held = loop.train_step, [], []
+
+    def narrow(engine, snapshot, batch, **options):
+        clips = len(batch.video_BTCHW)
+        tried.append(clips)
+        assert not any(one() is not None for one in held), "the last try's tensors are still there"
+        if clips > fits:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("made up")
+        return step(engine, snapshot, batch, **options)
+
+    monkeypatch.setattr(loop, "train_step", narrow)
+    impossible = variants.Variant(name="of no model", overrides=("run.x=1",))
+    monkeypatch.setattr(variants, "BASELINES", (impossible,))
+    files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
+    options = ["--batches", "1", "--json", str(root / "fails.json"), "--report", str(root / "fails.html")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "step", *files, *options])
+
+    fits = 2
+    assert throughput.main() == 1
+    configured, failed = json.loads((root / "fails.json").read_text())["step"]
+    assert configured["batch"] == 2 and configured["clips_per_second"] > 0 and tried == [4] + [2] * 6
+    assert failed.keys() == {"name", "batch", "error"} and "run.x" in failed["error"]
+    assert f"{configured['clips_per_second']:.2f}" in (printed := capsys.readouterr().out)
+    assert "of no model" in printed and "run.x" in printed
+    assert f"{configured['clips_per_second']:,.1f}" in (root / "fails.html").read_text()
+
+    fits, tried[:] = 0, []
+    (failed,) = variants.measure_variants([variants.CONFIGURED], files[1], [], ds_tree(stage=1), 3)
+    assert tried == [4, 2, 1] and failed.batch == 1 and "out of memory" in failed.error
+    assert "out of memory" in variants.table([failed])
+
+
 def test_plain_ops_keep_no_tensor(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from variants import ops
