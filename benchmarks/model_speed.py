@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from variants import ops
+from variants import PLAIN_OPS, ops
 
 from miles_fast.config import Config, RunConfig
 from miles_fast.models.flops import peak_flops, video_flops
@@ -41,7 +41,7 @@ def measure_encoder(config: Config, batch: int, passes: int, device: torch.devic
     ways.append(("as published, fp32", "eager", torch.float32, plain))
     rows = []
     for way in ways:
-        with ops(plain=way[-1] is plain):
+        with ops(plain=PLAIN_OPS if way[-1] is plain else ()):
             rows.append(_measure(config, batch, passes, device, *way))
     return rows
 

@@ -1,4 +1,8 @@
-"""A step as configured beside other ways to run it: what people would otherwise have, and single losses."""
+"""A step as configured beside other ways to run it: what people would otherwise have, and single losses.
+
+What no key and no op's dispatch decides cannot be switched off, and is in every row: flat gradients, the
+student's passes of view B in one batch, the last block's rows alone, the absence of host synchronisation.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +32,12 @@ from miles_fast.training.signals import Stopped
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A change of the configured run: overrides, entries of DeepSpeed's json, ops in plain torch."""
+    """A change of the configured run: overrides, entries of DeepSpeed's json, names of ops in plain torch."""
 
     name: str
     overrides: tuple[str, ...] = ()
     ds: dict[str, Any] = field(default_factory=dict)
-    plain_ops: bool = False
+    plain_ops: tuple[str, ...] = ()
 
 
 # linear_gelu decides for biased_gelu too.
@@ -46,13 +50,13 @@ _EAGER = (
 )
 CONFIGURED = Variant(name="as configured")
 BASELINES = (
-    Variant(name="eager, SDPA", overrides=(*_EAGER, "model.attention=sdpa"), plain_ops=True),
-    Variant(name="as published, bf16", overrides=(*_EAGER, "model.attention=eager"), plain_ops=True),
+    Variant(name="eager, SDPA", overrides=(*_EAGER, "model.attention=sdpa"), plain_ops=PLAIN_OPS),
+    Variant(name="as published, bf16", overrides=(*_EAGER, "model.attention=eager"), plain_ops=PLAIN_OPS),
     Variant(
         name="as published, fp32",
         overrides=(*_EAGER, "model.attention=eager"),
         ds={"bf16": {"enabled": False}},
-        plain_ops=True,
+        plain_ops=PLAIN_OPS,
     ),
 )
 BF16 = Variant(name="bf16 linear layers", overrides=("run.precision=null",))
@@ -62,7 +66,9 @@ ABLATIONS = (
     BF16,
     Variant(name="no CUDA graphs", overrides=("run.cuda_graphs=false",)),
     Variant(name="SDPA for the attention ops", overrides=("model.attention=sdpa",)),
-    Variant(name="plain gather and regression", plain_ops=True),
+    Variant(name="token gather in plain torch", plain_ops=("token_gather",)),
+    Variant(name="feature regression in plain torch", plain_ops=("feature_regression",)),
+    Variant(name="GELU in plain torch, behind its product", plain_ops=("linear_gelu", "fp8_mlp")),
     Variant(name="unfused AdamW", ds={"optimizer": {"params": {"fused": False}}}),
     Variant(name="gradients summed in DeepSpeed's default dtype", ds={"data_types": {}}),
     Variant(name="one reading process", overrides=("data.decode_workers=1",)),
@@ -177,10 +183,10 @@ def train_variant(
 
 
 @contextlib.contextmanager
-def ops(*, plain: bool) -> Iterator[None]:
-    """With `plain`, PLAIN_OPS run their plain-torch definitions; attention is the config's."""
+def ops(*, plain: Sequence[str]) -> Iterator[None]:
+    """Those named, of PLAIN_OPS, run their plain-torch definitions; attention is the config's."""
     with contextlib.ExitStack() as stack:
-        for op in PLAIN_OPS if plain else ():
+        for op in plain:
             # A Mock would keep the tensors of every call.
             stack.enter_context(mock.patch(f"miles_fast.kernels.{op}.runs_triton", lambda *_: False))
         yield

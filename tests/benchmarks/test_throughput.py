@@ -221,7 +221,7 @@ def test_plain_ops_keep_no_tensor(monkeypatch):
     from miles_fast.kernels import token_gather
 
     rows = torch.zeros(2, 4, 8)
-    with ops(plain=True):
+    with ops(plain=("token_gather",)):
         token_gather.token_gather(rows, torch.arange(3).expand(2, 3).contiguous())
         rows = weakref.ref(rows)
         assert rows() is None
@@ -229,12 +229,13 @@ def test_plain_ops_keep_no_tensor(monkeypatch):
 
 def test_plain_ops_are_all_that_have_a_kernel_but_attention(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from variants import PLAIN_OPS
+    from variants import ABLATIONS, PLAIN_OPS
 
     files = (BENCHMARKS.parent / "kernels").glob("*.py")
     deciding = {file.stem for file in files if "runs_triton(" in file.read_text()}
     attention = {name for name in deciding if name.endswith("_attention")}
     assert set(PLAIN_OPS) == deciding - attention - {"dispatch", "biased_gelu"}
+    assert sorted(op for one in ABLATIONS for op in one.plain_ops) == sorted(PLAIN_OPS)
 
 
 def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch):
