@@ -71,9 +71,8 @@ def time_step(config: Config, settings: EngineSettings, options: argparse.Namesp
     elif not options.alone:
         chosen += variants.BASELINES
     tree = json.loads(Path(options.ds_config).read_text())
-    rows = variants.measure_variants(
-        chosen, options.config, options.overrides, tree, options.batches + WARMUP
-    )
+    steps, fresh = options.batches + WARMUP, options.what == "step"
+    rows = variants.measure_variants(chosen, options.config, options.overrides, tree, steps, fresh=fresh)
     print(variants.table(rows))
     return [asdict(row) for row in rows]
 

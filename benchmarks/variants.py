@@ -89,7 +89,8 @@ def ablations(config_file: str, overrides: Sequence[str]) -> list[Variant]:
 class Row:
     """Medians over a run's log after the warm-up; what this machine cannot tell is None.
 
-    `batch` is smaller than configured where that did not fit the GPU's memory.
+    `batch` is smaller than configured where that did not fit the GPU's memory. `start_seconds` are those from
+    the process' start to the end of its first step: of what was measured first in a process.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Row:
     mfu: float | None
     memory_gib: float | None
     joules_per_clip: float | None
+    start_seconds: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,21 +114,39 @@ class Failure:
 
 
 def measure_variants(
-    variants: Sequence[Variant], config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int
+    variants: Sequence[Variant],
+    config_file: str,
+    overrides: Sequence[str],
+    ds_tree: dict[str, Any],
+    steps: int,
+    *,
+    fresh: bool = False,
 ) -> list[Row | Failure]:
-    """Train `steps` steps of each variant, one after the other in this process; one that fails is named."""
-    return [_measure_fitting(variant, config_file, overrides, ds_tree, steps) for variant in variants]
+    """Train `steps` steps of each variant, one after the other in this process; one that fails is named.
+
+    `fresh`: nothing has been measured in this process before.
+    """
+    return [
+        _measure_fitting(variant, config_file, overrides, ds_tree, steps, fresh=fresh and not number)
+        for number, variant in enumerate(variants)
+    ]
 
 
 def _measure_fitting(
-    variant: Variant, config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int
+    variant: Variant,
+    config_file: str,
+    overrides: Sequence[str],
+    ds_tree: dict[str, Any],
+    steps: int,
+    *,
+    fresh: bool,
 ) -> Row | Failure:
     """The row at the configured batch, or at the first half, quarter, ... of it that fits the memory."""
     tree = copy.deepcopy(ds_tree)
     while True:
         batch = tree["train_micro_batch_size_per_gpu"]
         try:
-            return _measure(variant, config_file, overrides, tree, steps)
+            return _measure(variant, config_file, overrides, tree, steps, fresh=fresh)
         except Stopped:
             raise
         except Exception as error:
@@ -134,7 +154,7 @@ def _measure_fitting(
                 logger.error("%s, batch %d", variant.name, batch, exc_info=True)
                 return Failure(name=variant.name, batch=batch, error=f"{type(error).__name__}: {error}")
         # Behind the except clause, whose traceback holds the step's tensors.
-        tree["train_micro_batch_size_per_gpu"] = batch // 2
+        tree["train_micro_batch_size_per_gpu"], fresh = batch // 2, False
 
 
 def _ran_out(error: BaseException | None) -> bool:
@@ -144,15 +164,29 @@ def _ran_out(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _measure(variant: Variant, config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int) -> Row:
+def _measure(
+    variant: Variant,
+    config_file: str,
+    overrides: Sequence[str],
+    ds_tree: dict[str, Any],
+    steps: int,
+    *,
+    fresh: bool,
+) -> Row:
     records, joules_per_clip = train_variant(variant, config_file, overrides, ds_tree, steps, log_every=5)
+    start_seconds = records[0].get("start_seconds") if fresh else None
     records = [record for record in records if record["step"] > WARMUP]
     names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
     medians = {
         name: statistics.median(r[name] for r in records) if name in records[0] else None for name in names
     }
-    batch = ds_tree["train_micro_batch_size_per_gpu"]
-    return Row(name=variant.name, batch=batch, joules_per_clip=joules_per_clip, **medians)
+    return Row(
+        name=variant.name,
+        batch=ds_tree["train_micro_batch_size_per_gpu"],
+        joules_per_clip=joules_per_clip,
+        start_seconds=start_seconds,
+        **medians,
+    )
 
 
 def train_variant(
@@ -203,7 +237,7 @@ def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def table(rows: Sequence[Row | Failure]) -> str:
     """The rows for people, each with its speed against the first that ran."""
     first = next((row for row in rows if isinstance(row, Row)), None)
-    columns = ("batch", "clips/s", "of first", "ms", "data ms", "MFU %", "GiB", "J/clip")
+    columns = ("batch", "clips/s", "of first", "ms", "data ms", "MFU %", "GiB", "J/clip", "start s")
     lines = [f"{'':<46}" + "".join(f"{column:>10}" for column in columns)]
     for row in rows:
         if isinstance(row, Failure):
@@ -218,6 +252,7 @@ def table(rows: Sequence[Row | Failure]) -> str:
             None if row.mfu is None else 100 * row.mfu,
             row.memory_gib,
             row.joules_per_clip,
+            row.start_seconds,
         )
         lines.append(f"{row.name:<46}" + "".join(map(_cell, shown)))
     return "\n".join(lines)
