@@ -23,6 +23,7 @@ from loader_stages import WARMUP
 
 from miles_fast.config import load_config
 from miles_fast.distributed import logger
+from miles_fast.models.flops import training_flops
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.memory_report import OutOfMemory
@@ -98,6 +99,7 @@ class Row:
     clips_per_second: float
     step_milliseconds: float
     data_wait_milliseconds: float
+    tflops_per_second: float
     mfu: float | None
     memory_gib: float | None
     joules_per_clip: float | None
@@ -180,8 +182,12 @@ def _measure(
     medians = {
         name: statistics.median(r[name] for r in records) if name in records[0] else None for name in names
     }
+    config = load_config(config_file, [*overrides, *variant.overrides])
+    data = config.data
+    flops = training_flops(config.model, config.method, data.frames_per_clip, data.caption_tokens)
     return Row(
         name=variant.name,
+        tflops_per_second=medians["clips_per_second"] * flops / 1e12,
         batch=ds_tree["train_micro_batch_size_per_gpu"],
         joules_per_clip=joules_per_clip,
         start_seconds=start_seconds,
@@ -237,7 +243,8 @@ def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def table(rows: Sequence[Row | Failure]) -> str:
     """The rows for people, each with its speed against the first that ran."""
     first = next((row for row in rows if isinstance(row, Row)), None)
-    columns = ("batch", "clips/s", "of first", "ms", "data ms", "MFU %", "GiB", "J/clip", "start s")
+    speeds = ("clips/s", "of first", "ms", "data ms", "TFLOP/s", "MFU %")
+    columns = ("batch", *speeds, "GiB", "J/clip", "start s")
     lines = [f"{'':<46}" + "".join(f"{column:>10}" for column in columns)]
     for row in rows:
         if isinstance(row, Failure):
@@ -249,6 +256,7 @@ def table(rows: Sequence[Row | Failure]) -> str:
             row.clips_per_second / first.clips_per_second,
             row.step_milliseconds,
             row.data_wait_milliseconds,
+            row.tflops_per_second,
             None if row.mfu is None else 100 * row.mfu,
             row.memory_gib,
             row.joules_per_clip,

@@ -16,6 +16,7 @@ from tiny import ds_tree, tiny_config, tiny_tree, write_data
 
 from miles_fast.data.demo_corpus import Recipe, build_demo_corpus
 from miles_fast.data.shards import ShardSet
+from miles_fast.models.flops import training_flops
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -143,6 +144,10 @@ def test_step_and_its_parts(root):
         "as published, fp32",
     ]
     assert all(row["clips_per_second"] > 0 and row["batch"] == 4 for row in rows)
+    tree = tiny_config(root)
+    flops = training_flops(tree.model, tree.method, tree.data.frames_per_clip, tree.data.caption_tokens)
+    for row in rows:
+        assert row["tflops_per_second"] == pytest.approx(row["clips_per_second"] * flops / 1e12)
     started, *others = (row["start_seconds"] for row in rows)
     assert 0 < started < time.time() - called and others == [None] * 3
     assert f"{rows[2]['clips_per_second']:.2f}" in printed and f"{started:.2f}" in printed
@@ -156,12 +161,22 @@ def test_a_profile_names_the_host_operators(root):
     assert "parts" in json.loads((root / "parts.json").read_text())
 
 
-def test_the_encoder_alone(root):
+def test_the_encoder_alone(root, monkeypatch):
     _, rows = call(root, "model")
     assert [row["name"] for row in rows] == ["as configured", "eager, SDPA", "as published, fp32"]
     for row in rows:
         assert row["clips_per_second"] == pytest.approx(4000 / row["milliseconds"])
-        assert row["tflops_per_second"] > 0 and row["mfu"] is None
+        assert row["tflops_per_second"] > 0 and row["mfu"] is row["joules_per_clip"] is None
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import model_speed
+
+    drawn = iter((1000.0, 1024.0))  # by 3 passes of 4 clips
+    monkeypatch.setattr(model_speed, "joules", lambda: next(drawn))
+    config = tiny_config(root)
+    way = ("sdpa", torch.float32, config.run)
+    row = model_speed._measure(config, 4, 3, torch.device("cpu"), "made up", *way)
+    assert row.joules_per_clip == 2 and model_speed.table([row]).endswith("2.00")
 
 
 def test_ablations_change_one_thing_each(root, monkeypatch):
