@@ -3,7 +3,7 @@
 python benchmarks/throughput.py model   the video encoder, forward and backward
 python benchmarks/throughput.py step    whole steps; [--ablate | --alone | --fp8 | --profile N]
 python benchmarks/throughput.py loader  the loader and its stages; [--videos TAR ...]
-python benchmarks/throughput.py all     the three of them; [--report PAGE.html]
+python benchmarks/throughput.py all     the three of them; [--report PAGE.html [--micro MICRO.json]]
 python benchmarks/throughput.py doctor  what holds a run back, and what removes it
 python benchmarks/throughput.py decoders --videos TAR ...   the loader by layout and decoder
 python benchmarks/throughput.py curves                      the loss as configured and as published; [--fp8]
@@ -218,10 +218,13 @@ def main() -> int:
         help="step, curves: the linear layers in bf16 and fp8; curves: and in bf16 with another seed",
     )
     beside.add_argument(
-        "--profile", type=int, default=0, metavar="STEPS", help="step: what the last STEPS consist of instead"
+        "--profile", type=int, default=0, metavar="N", help="what N steps more consist of; step: instead"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="also draw them on a html page")
+    parser.add_argument(
+        "--micro", type=Path, metavar="JSON", help="micro.py's figures, whose roofline --report draws"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     configure_logging()
@@ -232,18 +235,23 @@ def main() -> int:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     head = {"machine": machine, "torch": torch.__version__, "batch": settings.batch}
     print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}")
+    runs = {options.what: PROGRAMS.get(options.what)}
+    if options.what == "all":
+        runs = {name: PROGRAMS[name] for name in ("model", "step", "loader")}
+        if options.profile:
+            runs["parts"] = profile_step
+    elif options.what == "step" and options.profile:
+        runs = {"parts": profile_step}
+    elif options.what == "curves" and options.fp8:
+        runs = {"fp8": compare_fp8}
     figures = {}
-    for name in ("model", "step", "loader") if options.what == "all" else (options.what,):
-        key, run = name, PROGRAMS[name]
-        if name == "step" and options.profile:
-            key, run = "parts", profile_step
-        elif name == "curves" and options.fp8:
-            key, run = "fp8", compare_fp8
+    for key, run in runs.items():
         figures[key] = run(config, settings, options)
-    if options.json:
-        options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n")
     if options.report:
-        write_page(options.report, head, figures)
+        micro = json.loads(options.micro.read_text()) if options.micro else {}
+        write_page(options.report, head, {**figures, "micro": micro})
     return int(any("error" in row for row in figures.get("step", [])))
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import sys
 import time
 import weakref
 from dataclasses import replace
+from math import log10
 from pathlib import Path
 
 import pytest
@@ -181,15 +183,54 @@ def test_the_encoder_alone(root, monkeypatch):
 
 def test_ablations_change_one_thing_each(root, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from variants import ABLATIONS, FP8, ablations, measure_variants
+    import throughput
+    import variants
 
-    kept = ablations(str(root / "tiny.yaml"), ["run.precision=fp8", "model.video.width=32"])
+    overrides = ["run.precision=fp8", "model.video.width=32"]
+    kept = variants.ablations(str(root / "tiny.yaml"), overrides)
     names = ["bf16 linear layers", "SDPA for the attention ops", "one reading process"]
     assert [one.name for one in kept if one.overrides] == names  # neither compiled nor in graphs here
-    chosen = [FP8, *(one for one in ABLATIONS if one.ds or len(one.plain_ops) > 1)]
-    rows = measure_variants(chosen, str(root / "tiny.yaml"), ["model.video.width=32"], ds_tree(stage=1), 7)
-    assert [row.name for row in rows] == [one.name for one in chosen]
-    assert all(row.clips_per_second > 0 for row in rows)
+
+    each = [next(one for one in kept if getattr(one, kind)) for kind in ("overrides", "plain_ops", "ds")]
+    monkeypatch.setattr(variants, "ABLATIONS", each)
+    files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
+    options = ["--ablate", "--batches", "1", "--json", str(root / "ablate.json")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "step", *files, *options, *overrides])
+    assert throughput.main() == 0
+    rows = json.loads((root / "ablate.json").read_text())["step"]
+    assert [row["name"] for row in rows] == ["as configured", *(one.name for one in each)]
+    assert all(row["clips_per_second"] > 0 for row in rows)
+
+
+def test_all_of_it_on_one_page(root):
+    timing = {"op": "space_attention", "case": "64x4", "forward_gb_per_second": 2000.0}
+    timings = [
+        {**timing, "implementation": "triton", "forward_tflops_per_second": 100.0},
+        {**timing, "implementation": "sdpa", "forward_tflops_per_second": 1000.0},
+        {**timing, "op": "token_gather", "implementation": "triton", "forward_tflops_per_second": None},
+    ]
+    # The ridge is at 100 FLOPs a byte, on axes of 10 to 1000 FLOPs a byte and of decades of TFLOP/s.
+    micro = {"copy_gb_per_second": 10000.0, "product_tflops_per_second": 1000.0, "timings": timings}
+    (root / "micro.json").write_text(json.dumps(micro))
+    page, options = root / "all.html", ("--rival-seconds", "0.2", "--micro", str(root / "micro.json"))
+    throughput(root, "all", "--alone", *options, "--report", str(page), "--json", str(root / "all.json"))
+    found, text = json.loads((root / "all.json").read_text()), page.read_text()
+    assert {"model", "step", "loader"} <= found.keys() and len(found["step"]) == 1
+    for rate in (found["model"][1], found["step"][0], found["loader"]):
+        assert f"{rate['clips_per_second']:,.1f}" in text
+    assert f"{found['loader']['decoding_milliseconds']:,.1f}" in text and "Loader by stage" in text
+    assert "Training step, as configured" in text and "product 1,000 TFLOP/s" in text
+    (roof,) = re.findall(r'<polyline class="line s3" points="(.*?)"', text)
+    start, ridge, end = (tuple(map(float, corner.split(","))) for corner in roof.split())
+    assert ridge[1] == end[1] and ridge[0] == pytest.approx((start[0] + end[0]) / 2)
+    points = re.findall(r'<circle class="dot( first)?" cx="(.*?)" cy="(.*?)"', text)
+    assert [ours for ours, *_ in points] == [" first", ""] and ">space_attention</text>" in text
+    # 100 TFLOP/s of 2 TB/s: 50 FLOPs a byte, a fifth of what the roof has there; 500 with the product's.
+    (_, x, y), (_, other_x, other_y) = points
+    assert (float(x), float(other_x)) == pytest.approx(
+        tuple(start[0] + (end[0] - start[0]) * share for share in (log10(5) / 2, log10(50) / 2)), abs=0.2
+    )
+    assert float(other_y) == end[1] < float(y)
 
 
 def test_a_row_that_fails_loses_no_other(root, monkeypatch, capsys):
