@@ -44,7 +44,10 @@ class LaunchTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """An op, what it is timed against, where, and its launch tables; `key` is a case's entry in them."""
+    """An op, what it is timed against, where, and its launch tables; `key` is a case's entry in them.
+
+    `flops` are those of a case's matrix products forward, of an op that has any.
+    """
 
     op: Callable
     reference: Callable
@@ -52,6 +55,7 @@ class Contest:
     trainer_cases: tuple[cases.Case, ...]
     tables: tuple[LaunchTable, ...]
     key: Callable[[Any], Any]
+    flops: Callable[[Any], int] | None = None
 
 
 def _block_width(case: Any) -> int:
@@ -130,6 +134,11 @@ def _eager_and_compiled(reference: Callable) -> dict[str, Callable]:
     return {"eager": reference, "compiled": torch.compile(reference, fullgraph=True, dynamic=False)}
 
 
+def _attention_flops(case: attention_cases.AttentionCase, keys: int) -> int:
+    patches = case.T * case.P
+    return 4 * case.B * case.H * case.S * (patches * keys + patches + 1)  # [CLS] sees every token
+
+
 def _backends(axis: str) -> dict[str, Callable]:
     def run(qkv: torch.Tensor, num_frames: int, *bias: torch.Tensor, backend: str) -> torch.Tensor:
         return divided_attention(qkv, num_frames, axis, backend, *bias)
@@ -165,6 +174,7 @@ CONTESTS = {
         trainer_cases=cases.LINEAR_GELU_TRAINER,
         tables=(LaunchTable(name="forward", entries=linear_gelu.LAUNCH_FORWARD, candidates=_LINEAR_GELU),),
         key=_block_width,
+        flops=lambda case: 2 * case.M * case.K * case.D,
     ),
     "feature_regression": Contest(
         op=feature_regression.feature_regression,
@@ -183,6 +193,7 @@ CONTESTS = {
             temporal_attention, _listed((32, 1), (32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
         ),
         key=lambda case: (_power_of_two(case.T), _power_of_two(case.S)),
+        flops=lambda case: _attention_flops(case, case.T + 1),
     ),
     "space_attention": Contest(
         op=space_attention.space_attention,
@@ -201,5 +212,6 @@ CONTESTS = {
             ),
         ),
         key=lambda case: (_power_of_two(case.P + 1), _power_of_two(case.S)),
+        flops=lambda case: _attention_flops(case, case.P + 1),
     ),
 }

@@ -2,11 +2,14 @@
 
     python benchmarks/micro.py [--op token_gather] [--sweep] [--json benchmarks/results/micro.json]
 
-An op that breaks the tests' error rule is not timed and the exit status is 1; without a CUDA GPU it is 2.
-GB/s are the bytes any implementation must move (kernels/cases.py) over the median time, for every
-implementation alike, so that an implementation that moves more shows a smaller figure; "of copy" is their
-share of a device-to-device copy timed in the same run. Peak memory is what one forward and backward needs
-beyond its inputs. `--sweep` times a backward table's entries together with forward.
+An op that breaks the tests' error rule is not timed and the exit status is 1; without a CUDA GPU it is 2. A
+rival that fails is named with its error. Times are medians of CUDA graphs; what no graph takes is timed
+without one, bound by the host, and marked. Backward is forward and backward together less forward.
+GB/s are the bytes any implementation must move (kernels/cases.py) over the time, for every implementation
+alike, so that an implementation that moves more shows a smaller figure; "of copy" is their share of a
+device-to-device copy timed in the same run. TFLOP/s are those of the matrix products. Peak memory is what one
+forward and backward needs beyond its inputs. `--sweep` times a backward table's entries together with
+forward.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from miles_fast.kernels import cases
 from miles_fast.kernels.dispatch import triton
 
 COPY_BYTES = 1 << 30
+PRODUCT_SIZE = 8192
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,34 +40,58 @@ class Timing:
     op: str
     case: str
     implementation: str
+    graph: bool
     forward_ms: float
+    backward_ms: float
     both_ms: float
     forward_gb_per_second: float
+    backward_gb_per_second: float
     both_gb_per_second: float
     forward_share_of_copy: float
+    backward_share_of_copy: float
     both_share_of_copy: float
+    forward_tflops_per_second: float | None
     peak_mib: float
 
 
-def median_ms(call: Callable) -> float:
-    """Median GPU time of a call with a cold L2 cache, as a CUDA graph: what Python takes does not count."""
+def median_ms(call: Callable, *, graph: bool = True) -> float:
+    """Median GPU time of a call with a cold L2 cache; in a CUDA graph, what Python takes does not count."""
     from triton.testing import do_bench
 
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    if not graph:
+        return do_bench(call, return_mode="median")
+    stream, captured = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    # A capture that fails leaves its own stream the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(captured):
         call()
-    return do_bench(graph.replay, return_mode="median")
+    return do_bench(captured.replay, return_mode="median")
+
+
+def medians_ms(*calls: Callable) -> tuple[bool, list[float]]:
+    """Whether CUDA graphs take the calls, all of them, and their median times in graphs or without."""
+    try:
+        return True, [median_ms(call) for call in calls]
+    except Exception as error:
+        print(f"timed without a CUDA graph: {_said(error)}", file=sys.stderr)
+    torch.cuda.synchronize()
+    return False, [median_ms(call, graph=False) for call in calls]
 
 
 def copy_gb_per_second() -> float:
     """Bytes read plus bytes written of a large device-to-device copy, per second."""
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
     destination = torch.empty_like(source)
     return 2 * COPY_BYTES / median_ms(lambda: destination.copy_(source)) / 1e6
+
+
+def product_tflops_per_second() -> float:
+    """A large product's of bf16 matrices, in TFLOP/s."""
+    matrix = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=torch.bfloat16, device=DEVICE)
+    return 2 * PRODUCT_SIZE**3 / median_ms(lambda: matrix @ matrix) / 1e9
 
 
 def peak_mib(call: Callable) -> float:
@@ -75,45 +104,70 @@ def peak_mib(call: Callable) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def time_case(name: str, contest: Contest, case: cases.Case, copy_rate: float) -> list[Timing]:
-    """Ours and its rivals on the same inputs."""
-    inputs = case.inputs("cuda")
+def time_case(
+    name: str, contest: Contest, case: cases.Case, copy_rate: float
+) -> tuple[list[Timing], dict[str, str]]:
+    """Ours and its rivals on the same inputs, and the errors of those that do not run, by name."""
+    inputs = case.inputs(DEVICE)
     torch._dynamo.reset()
-    timings = []
+    timings, errors = [], {}
     for implementation, op in {"triton": contest.op, **contest.rivals}.items():
+        try:
+            timings.append(_time(name, contest, case, inputs, implementation, op, copy_rate))
+        except Exception as error:
+            errors[implementation] = _said(error)
+    return timings, errors
 
-        def forward(op=op):
-            return case.call(op, inputs)
 
-        def both(op=op):
-            output = case.call(op, inputs)
-            return torch.autograd.grad(output, inputs.leaf, inputs.d_output.to(output.dtype))
+def _time(
+    name: str,
+    contest: Contest,
+    case: cases.Case,
+    inputs: cases.Inputs,
+    implementation: str,
+    op: Callable,
+    copy_rate: float,
+) -> Timing:
+    def forward():
+        return case.call(op, inputs)
 
-        both()
-        forward_ms, both_ms = median_ms(forward), median_ms(both)
-        forward_rate = case.forward_bytes / forward_ms / 1e6
-        both_rate = (case.forward_bytes + case.backward_bytes) / both_ms / 1e6
-        timings.append(
-            Timing(
-                op=name,
-                case=case.name,
-                implementation=implementation,
-                forward_ms=forward_ms,
-                both_ms=both_ms,
-                forward_gb_per_second=forward_rate,
-                both_gb_per_second=both_rate,
-                forward_share_of_copy=forward_rate / copy_rate,
-                both_share_of_copy=both_rate / copy_rate,
-                peak_mib=peak_mib(both),
-            )
-        )
-    return timings
+    def both():
+        output = case.call(op, inputs)
+        return torch.autograd.grad(output, inputs.leaf, inputs.d_output.to(output.dtype))
+
+    both()
+    graph, (forward_ms, both_ms) = medians_ms(forward, both)
+    backward_ms = both_ms - forward_ms
+    forward_rate = case.forward_bytes / forward_ms / 1e6
+    backward_rate = case.backward_bytes / backward_ms / 1e6
+    both_rate = (case.forward_bytes + case.backward_bytes) / both_ms / 1e6
+    return Timing(
+        op=name,
+        case=case.name,
+        implementation=implementation,
+        graph=graph,
+        forward_ms=forward_ms,
+        backward_ms=backward_ms,
+        both_ms=both_ms,
+        forward_gb_per_second=forward_rate,
+        backward_gb_per_second=backward_rate,
+        both_gb_per_second=both_rate,
+        forward_share_of_copy=forward_rate / copy_rate,
+        backward_share_of_copy=backward_rate / copy_rate,
+        both_share_of_copy=both_rate / copy_rate,
+        forward_tflops_per_second=contest.flops(case) / forward_ms / 1e9 if contest.flops else None,
+        peak_mib=peak_mib(both),
+    )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def sweep_table(contest: Contest, case: cases.Case, launch_table: LaunchTable) -> dict:
     """Time every candidate of a table at one case; the table is left as it was."""
     table, backward = launch_table.entries, launch_table.backward
-    inputs, key = case.inputs("cuda"), contest.key(case)
+    inputs, key = case.inputs(DEVICE), contest.key(case)
     before = table.get(key)
 
     def measured():
@@ -129,36 +183,43 @@ def sweep_table(contest: Contest, case: cases.Case, launch_table: LaunchTable) -
             table[key] = candidate
             try:
                 milliseconds[candidate] = median_ms(measured)
-            except triton.runtime.errors.OutOfResources as error:
-                print(f"{case.name}: {candidate} does not fit ({error})")
+            except triton.TritonError as error:
+                print(f"{case.name}: {candidate} does not fit ({_said(error)})")
     finally:
         if before is None:
             table.pop(key, None)
         else:
             table[key] = before
     ranked = sorted(milliseconds, key=milliseconds.get)
-    print(f"{case.name} {launch_table.name}: {key}: {ranked[0]}, now {before}")
+    chosen = ranked[0] if ranked else None
+    print(f"{case.name} {launch_table.name}: {key}: {chosen}, now {before}")
     for candidate in ranked[:5] + ([before] if before in ranked[5:] else []):
         print(f"    {candidate}: {milliseconds[candidate]:.4f} ms")
     return {
         "case": case.name,
         "table": launch_table.name,
         "key": str(key),
+        "chosen": chosen,
+        "now": before,
         "milliseconds": {str(candidate): milliseconds[candidate] for candidate in ranked},
     }
 
 
-def print_table(timings: list[Timing], copy_rate: float) -> None:
-    """The timings as one Markdown table."""
-    print(f"\n{torch.cuda.get_device_name()}, copy {copy_rate:.0f} GB/s\n")
-    numbers = ("fwd ms", "both ms", "fwd GB/s", "of copy", "both GB/s", "of copy", "MiB")
+def print_table(timings: list[Timing], copy_rate: float, product_rate: float) -> None:
+    """The timings as one Markdown table; * where no CUDA graph was taken."""
+    print(
+        f"\n{torch.cuda.get_device_name()}, copy {copy_rate:.0f} GB/s, product {product_rate:.0f} TFLOP/s\n"
+    )
+    numbers = ("fwd ms", "of copy", "TFLOP/s", "bwd ms", "of copy", "both ms", "of copy", "MiB")
     print(f"| op | case | implementation | {' | '.join(numbers)} |")
     print("| --- | --- | --- |" + " ---: |" * len(numbers))
     for row in timings:
+        flops = "-" if row.forward_tflops_per_second is None else f"{row.forward_tflops_per_second:.0f}"
         cells = (
-            f"{row.op} | {row.case} | {row.implementation} | {row.forward_ms:.4f} | {row.both_ms:.4f}"
-            f" | {row.forward_gb_per_second:.0f} | {row.forward_share_of_copy:.0%}"
-            f" | {row.both_gb_per_second:.0f} | {row.both_share_of_copy:.0%} | {row.peak_mib:.0f}"
+            f"{row.op} | {row.case} | {row.implementation}{'' if row.graph else ' *'}"
+            f" | {row.forward_ms:.4f} | {row.forward_share_of_copy:.0%} | {flops}"
+            f" | {row.backward_ms:.4f} | {row.backward_share_of_copy:.0%}"
+            f" | {row.both_ms:.4f} | {row.both_share_of_copy:.0%} | {row.peak_mib:.0f}"
         )
         print(f"| {cells} |")
 
@@ -175,29 +236,36 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks/micro.py needs a CUDA GPU: none is available", file=sys.stderr)
         return 2
-    copy_rate = copy_gb_per_second()
-    timings, sweeps, refused = [], [], []
+    copy_rate, product_rate = copy_gb_per_second(), product_tflops_per_second()
+    timings, sweeps, refused, ours = [], [], [], False
     for name in options.op or CONTESTS:
         contest, swept = CONTESTS[name], set()
         for case in contest.trainer_cases[: 1 if options.first else None]:
-            broken = cases.violations(case, contest.op, contest.reference, "cuda")
+            try:
+                broken = cases.violations(case, contest.op, contest.reference, DEVICE)
+            except Exception as error:
+                broken = [_said(error)]
             torch.cuda.empty_cache()
             if broken:
-                refused.append(f"{name} {case.name}: {'; '.join(broken)}")
-                continue
-            if not options.sweep:
-                timings += time_case(name, contest, case, copy_rate)
+                refused.append(f"{name} {case.name}: breaks the error rule: {'; '.join(broken)}")
+                ours = True
+            elif not options.sweep:
+                timed, errors = time_case(name, contest, case, copy_rate)
+                timings += timed
+                refused += [f"{name} {case.name}: {rival}: {error}" for rival, error in errors.items()]
+                ours |= "triton" in errors
             elif contest.key(case) not in swept:
                 swept.add(contest.key(case))
                 sweeps += [sweep_table(contest, case, table) for table in contest.tables]
     if timings:
-        print_table(timings, copy_rate)
+        print_table(timings, copy_rate, product_rate)
     for line in refused:
-        print(f"not timed, breaks the error rule: {line}", file=sys.stderr)
+        print(f"not timed: {line}", file=sys.stderr)
     if options.json is not None:
         result = {
             "gpu": torch.cuda.get_device_name(),
             "copy_gb_per_second": copy_rate,
+            "product_tflops_per_second": product_rate,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -210,7 +278,7 @@ def main() -> int:
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if refused else 0
+    return int(ours)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from variants import ops
+from energy import joules
+from variants import PLAIN_OPS, ops
 
 from miles_fast.config import Config, RunConfig
 from miles_fast.models.flops import peak_flops, video_flops
@@ -18,7 +19,7 @@ WARMUP = 3
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRow:
-    """One way to run the encoder: milliseconds and model TFLOP/s of a pass, peak memory of the GPU."""
+    """One way to run the encoder: milliseconds and model TFLOP/s of a pass, memory and energy of the GPU."""
 
     name: str
     clips_per_second: float
@@ -26,6 +27,7 @@ class EncoderRow:
     tflops_per_second: float
     mfu: float | None
     memory_gib: float | None
+    joules_per_clip: float | None
 
 
 def measure_encoder(config: Config, batch: int, passes: int, device: torch.device) -> list[EncoderRow]:
@@ -41,7 +43,7 @@ def measure_encoder(config: Config, batch: int, passes: int, device: torch.devic
     ways.append(("as published, fp32", "eager", torch.float32, plain))
     rows = []
     for way in ways:
-        with ops(plain=way[-1] is plain):
+        with ops(plain=PLAIN_OPS if way[-1] is plain else ()):
             rows.append(_measure(config, batch, passes, device, *way))
     return rows
 
@@ -77,12 +79,14 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    drawn, start = joules(), time.perf_counter()
     for _ in range(passes):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / passes
+    if drawn is not None:
+        drawn = (joules() - drawn) / (passes * batch)
     blocks, patch = video_flops(config.model.video, frames)
     rate = batch * (3 * blocks + 2 * patch) / seconds
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
@@ -93,19 +97,21 @@ def _measure(
         tflops_per_second=rate / 1e12,
         mfu=rate / peak if peak else None,
         memory_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        joules_per_clip=drawn,
     )
 
 
 def table(rows: list[EncoderRow]) -> str:
     """The rows for people, each with its speed against the first."""
-    columns = ("clips/s", "of first", "ms", "TFLOP/s", "MFU %", "GiB")
+    columns = ("clips/s", "of first", "ms", "TFLOP/s", "MFU %", "GiB", "J/clip")
     lines = [f"{'video encoder, forward + backward':<40}" + "".join(f"{column:>10}" for column in columns)]
     for row in rows:
         mfu = f"{100 * row.mfu:>10.1f}" if row.mfu else f"{'-':>10}"
         memory = f"{row.memory_gib:>10.1f}" if row.memory_gib else f"{'-':>10}"
+        energy = f"{row.joules_per_clip:>10.2f}" if row.joules_per_clip else f"{'-':>10}"
         ratio = row.clips_per_second / rows[0].clips_per_second
         lines.append(
             f"{row.name:<40}{row.clips_per_second:>10.1f}{ratio:>10.2f}{row.milliseconds:>10.1f}"
-            f"{row.tflops_per_second:>10.2f}{mfu}{memory}"
+            f"{row.tflops_per_second:>10.2f}{mfu}{memory}{energy}"
         )
     return "\n".join(lines)

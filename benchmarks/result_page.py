@@ -1,4 +1,4 @@
-"""Figures of a benchmark as one self-contained html page of bars."""
+"""Figures of a benchmark as one self-contained html page of bars, and a roofline."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from roofline import roofline
 
 from miles_fast.export.report_charts import line_chart
 
@@ -22,7 +24,8 @@ dd.value { text-align: right; font-variant-numeric: tabular-nums }
 figure { margin: 2rem 0 0 } svg { width: 100%; max-width: 40rem }
 svg text { fill: var(--ink); font-size: 11px }
 .grid { stroke: var(--bar); stroke-width: .5 } .line { fill: none; stroke: var(--bar); stroke-width: 2 }
-.line.s2 { stroke-dasharray: 7 3 } .line.s3 { stroke: var(--first) } .key { margin-right: 1rem }
+.line.s2 { stroke-dasharray: 7 3 } .line.s3 { stroke: var(--first) } .dot { fill: var(--bar) }
+.dot.first { fill: var(--first) } .key { margin-right: 1rem }
 .key::before { content: ""; display: inline-block; width: 1.2rem; margin-right: .4rem;
   border-top: 2px solid var(--bar) }
 .key.s2::before { border-top-style: dashed } .key.s3::before { border-color: var(--first) }
@@ -31,18 +34,24 @@ svg text { fill: var(--ink); font-size: 11px }
 
 
 def write_page(path: Path, head: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Write the page. `head` names machine, torch and batch; `figures` are throughput.py's by program."""
+    """Write the page. `head` names machine, torch and batch; `figures` are throughput.py's by program.
+
+    And micro.py's, as `micro`. What is not in them is left out.
+    """
     parts = [f"<h1>miles_fast on {html.escape(head['machine'])}</h1>"]
     parts.append(f"<p>{head['batch']} clips a batch, torch {html.escape(head['torch'])}</p>")
+    levels = []
     for name, title in (("step", "Training step, clips/s"), ("model", "Video encoder, clips/s")):
-        if name in figures:
-            rows = [(row["name"], row["clips_per_second"]) for row in figures[name]]
-            parts.append(_bars(title, rows))
-            if any(row["mfu"] for row in figures[name]):
-                shares = [(row["name"], 100 * row["mfu"]) for row in figures[name]]
+        ran = [row for row in figures.get(name, []) if "error" not in row]
+        if ran:
+            parts.append(_bars(title, [(row["name"], row["clips_per_second"]) for row in ran]))
+            levels.append((f"{title.partition(',')[0]}, {ran[0]['name']}", ran[0]["tflops_per_second"]))
+            if any(row["mfu"] for row in ran):
+                shares = [(row["name"], 100 * row["mfu"]) for row in ran]
                 parts.append(_bars("Share of the GPU's peak in model FLOPs, %", shares, full=100))
-    if "parts" in figures:
+    if figures.get("parts"):  # empty without a GPU
         parts.append(_bars("GPU time of a step by part, ms", list(figures["parts"].items())))
+    parts.append(roofline(figures.get("micro", {}), levels))
     for title, curves in (
         ("Loss, same seed and data", figures.get("curves")),
         ("Loss in bf16, with another seed, and in fp8", figures.get("fp8", {}).get("losses")),
@@ -58,6 +67,13 @@ def write_page(path: Path, head: dict[str, Any], figures: dict[str, Any]) -> Non
         ]
         if rows:
             parts.append(_bars(f"{title}, clips/s", rows))
+    stages = [
+        (stage, figures["loader"][f"{key}_milliseconds"])
+        for stage, key in (("all together", "batch"), ("reading", "reading"), ("decoding", "decoding"))
+        if "loader" in figures
+    ]
+    if stages:
+        parts.append(_bars("Loader by stage, each alone, ms a batch", stages))
     body = "\n".join(parts)
     path.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8">'

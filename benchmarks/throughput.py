@@ -3,7 +3,7 @@
 python benchmarks/throughput.py model   the video encoder, forward and backward
 python benchmarks/throughput.py step    whole steps; [--ablate | --alone | --fp8 | --profile N]
 python benchmarks/throughput.py loader  the loader and its stages; [--videos TAR ...]
-python benchmarks/throughput.py all     the three of them; [--report PAGE.html]
+python benchmarks/throughput.py all     the three of them; [--report PAGE.html [--micro MICRO.json]]
 python benchmarks/throughput.py doctor  what holds a run back, and what removes it
 python benchmarks/throughput.py decoders --videos TAR ...   the loader by layout and decoder
 python benchmarks/throughput.py curves                      the loss as configured and as published; [--fp8]
@@ -12,7 +12,7 @@ python benchmarks/throughput.py scaling [--gpus 1 2]        whole runs on so man
 python benchmarks/throughput.py saves [--saves 4]           what checkpoints cost a run
 
 Each stands beside what people would otherwise use, measured in the same run. Any config: [--config FILE]
-[--ds_config FILE] [section.key=value ...].
+[--ds_config FILE] [section.key=value ...]. The exit status is 1 where a row of step failed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -70,9 +71,8 @@ def time_step(config: Config, settings: EngineSettings, options: argparse.Namesp
     elif not options.alone:
         chosen += variants.BASELINES
     tree = json.loads(Path(options.ds_config).read_text())
-    rows = variants.measure_variants(
-        chosen, options.config, options.overrides, tree, options.batches + WARMUP
-    )
+    steps, fresh = options.batches + WARMUP, options.what == "step"
+    rows = variants.measure_variants(chosen, options.config, options.overrides, tree, steps, fresh=fresh)
     print(variants.table(rows))
     return [asdict(row) for row in rows]
 
@@ -190,7 +190,7 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -218,10 +218,13 @@ def main() -> None:
         help="step, curves: the linear layers in bf16 and fp8; curves: and in bf16 with another seed",
     )
     beside.add_argument(
-        "--profile", type=int, default=0, metavar="STEPS", help="step: what the last STEPS consist of instead"
+        "--profile", type=int, default=0, metavar="N", help="what N steps more consist of; step: instead"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="also draw them on a html page")
+    parser.add_argument(
+        "--micro", type=Path, metavar="JSON", help="micro.py's figures, whose roofline --report draws"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     configure_logging()
@@ -232,18 +235,24 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     head = {"machine": machine, "torch": torch.__version__, "batch": settings.batch}
     print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}")
+    runs = {options.what: PROGRAMS.get(options.what)}
+    if options.what == "all":
+        runs = {name: PROGRAMS[name] for name in ("model", "step", "loader")}
+        if options.profile:
+            runs["parts"] = profile_step
+    elif options.what == "step" and options.profile:
+        runs = {"parts": profile_step}
+    elif options.what == "curves" and options.fp8:
+        runs = {"fp8": compare_fp8}
     figures = {}
-    for name in ("model", "step", "loader") if options.what == "all" else (options.what,):
-        key, run = name, PROGRAMS[name]
-        if name == "step" and options.profile:
-            key, run = "parts", profile_step
-        elif name == "curves" and options.fp8:
-            key, run = "fp8", compare_fp8
+    for key, run in runs.items():
         figures[key] = run(config, settings, options)
-    if options.json:
-        options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n")
     if options.report:
-        write_page(options.report, head, figures)
+        micro = json.loads(options.micro.read_text()) if options.micro else {}
+        write_page(options.report, head, {**figures, "micro": micro})
+    return int(any("error" in row for row in figures.get("step", [])))
 
 
 def _device() -> torch.device:
@@ -257,4 +266,4 @@ def _printed(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

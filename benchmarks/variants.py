@@ -1,4 +1,8 @@
-"""A step as configured beside other ways to run it: what people would otherwise have, and single losses."""
+"""A step as configured beside other ways to run it: what people would otherwise have, and single losses.
+
+What no key and no op's dispatch decides cannot be switched off, and is in every row: flat gradients, the
+student's passes of view B in one batch, the last block's rows alone, the absence of host synchronisation.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,23 @@ from energy import EnergyMeter
 from loader_stages import WARMUP
 
 from miles_fast.config import load_config
+from miles_fast.distributed import logger
+from miles_fast.models.flops import training_flops
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.loop import pretrain
+from miles_fast.training.memory_report import OutOfMemory
 from miles_fast.training.progress import read_log
+from miles_fast.training.signals import Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A change of the configured run: overrides, entries of DeepSpeed's json, ops in plain torch."""
+    """A change of the configured run: overrides, entries of DeepSpeed's json, names of ops in plain torch."""
 
     name: str
     overrides: tuple[str, ...] = ()
     ds: dict[str, Any] = field(default_factory=dict)
-    plain_ops: bool = False
+    plain_ops: tuple[str, ...] = ()
 
 
 # linear_gelu decides for biased_gelu too.
@@ -43,13 +51,13 @@ _EAGER = (
 )
 CONFIGURED = Variant(name="as configured")
 BASELINES = (
-    Variant(name="eager, SDPA", overrides=(*_EAGER, "model.attention=sdpa"), plain_ops=True),
-    Variant(name="as published, bf16", overrides=(*_EAGER, "model.attention=eager"), plain_ops=True),
+    Variant(name="eager, SDPA", overrides=(*_EAGER, "model.attention=sdpa"), plain_ops=PLAIN_OPS),
+    Variant(name="as published, bf16", overrides=(*_EAGER, "model.attention=eager"), plain_ops=PLAIN_OPS),
     Variant(
         name="as published, fp32",
         overrides=(*_EAGER, "model.attention=eager"),
         ds={"bf16": {"enabled": False}},
-        plain_ops=True,
+        plain_ops=PLAIN_OPS,
     ),
 )
 BF16 = Variant(name="bf16 linear layers", overrides=("run.precision=null",))
@@ -59,7 +67,9 @@ ABLATIONS = (
     BF16,
     Variant(name="no CUDA graphs", overrides=("run.cuda_graphs=false",)),
     Variant(name="SDPA for the attention ops", overrides=("model.attention=sdpa",)),
-    Variant(name="plain gather and regression", plain_ops=True),
+    Variant(name="token gather in plain torch", plain_ops=("token_gather",)),
+    Variant(name="feature regression in plain torch", plain_ops=("feature_regression",)),
+    Variant(name="GELU in plain torch, behind its product", plain_ops=("linear_gelu", "fp8_mlp")),
     Variant(name="unfused AdamW", ds={"optimizer": {"params": {"fused": False}}}),
     Variant(name="gradients summed in DeepSpeed's default dtype", ds={"data_types": {}}),
     Variant(name="one reading process", overrides=("data.decode_workers=1",)),
@@ -80,7 +90,8 @@ def ablations(config_file: str, overrides: Sequence[str]) -> list[Variant]:
 class Row:
     """Medians over a run's log after the warm-up; what this machine cannot tell is None.
 
-    `batch` is smaller than configured where that did not fit the GPU's memory.
+    `batch` is smaller than configured where that did not fit the GPU's memory. `start_seconds` are those from
+    the process' start to the end of its first step: of what was measured first in a process.
     """
 
     name: str
@@ -88,39 +99,100 @@ class Row:
     clips_per_second: float
     step_milliseconds: float
     data_wait_milliseconds: float
+    tflops_per_second: float
     mfu: float | None
     memory_gib: float | None
     joules_per_clip: float | None
+    start_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A variant that did not run, at the smallest batch that was tried."""
+
+    name: str
+    batch: int
+    error: str
 
 
 def measure_variants(
-    variants: Sequence[Variant], config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int
-) -> list[Row]:
-    """Train `steps` steps of each variant, one after the other in this process."""
-    rows = []
-    for variant in variants:
-        tree = copy.deepcopy(ds_tree)
-        while True:
-            try:
-                rows.append(_measure(variant, config_file, overrides, tree, steps))
-                break
-            except torch.cuda.OutOfMemoryError:
-                batch = tree["train_micro_batch_size_per_gpu"]
-                if batch == 1:
-                    raise
-            tree["train_micro_batch_size_per_gpu"] = batch // 2
-    return rows
+    variants: Sequence[Variant],
+    config_file: str,
+    overrides: Sequence[str],
+    ds_tree: dict[str, Any],
+    steps: int,
+    *,
+    fresh: bool = False,
+) -> list[Row | Failure]:
+    """Train `steps` steps of each variant, one after the other in this process; one that fails is named.
+
+    `fresh`: nothing has been measured in this process before.
+    """
+    return [
+        _measure_fitting(variant, config_file, overrides, ds_tree, steps, fresh=fresh and not number)
+        for number, variant in enumerate(variants)
+    ]
 
 
-def _measure(variant: Variant, config_file: str, overrides: Sequence[str], ds_tree: dict, steps: int) -> Row:
+def _measure_fitting(
+    variant: Variant,
+    config_file: str,
+    overrides: Sequence[str],
+    ds_tree: dict[str, Any],
+    steps: int,
+    *,
+    fresh: bool,
+) -> Row | Failure:
+    """The row at the configured batch, or at the first half, quarter, ... of it that fits the memory."""
+    tree = copy.deepcopy(ds_tree)
+    while True:
+        batch = tree["train_micro_batch_size_per_gpu"]
+        try:
+            return _measure(variant, config_file, overrides, tree, steps, fresh=fresh)
+        except Stopped:
+            raise
+        except Exception as error:
+            if batch == 1 or not _ran_out(error):
+                logger.error("%s, batch %d", variant.name, batch, exc_info=True)
+                return Failure(name=variant.name, batch=batch, error=f"{type(error).__name__}: {error}")
+        # Behind the except clause, whose traceback holds the step's tensors.
+        tree["train_micro_batch_size_per_gpu"], fresh = batch // 2, False
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    """Whether memory is at the root of it: a CUDA graph's capture that ran out ends in another error."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError | OutOfMemory):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _measure(
+    variant: Variant,
+    config_file: str,
+    overrides: Sequence[str],
+    ds_tree: dict[str, Any],
+    steps: int,
+    *,
+    fresh: bool,
+) -> Row:
     records, joules_per_clip = train_variant(variant, config_file, overrides, ds_tree, steps, log_every=5)
+    start_seconds = records[0].get("start_seconds") if fresh else None
     records = [record for record in records if record["step"] > WARMUP]
     names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
     medians = {
         name: statistics.median(r[name] for r in records) if name in records[0] else None for name in names
     }
-    batch = ds_tree["train_micro_batch_size_per_gpu"]
-    return Row(name=variant.name, batch=batch, joules_per_clip=joules_per_clip, **medians)
+    config = load_config(config_file, [*overrides, *variant.overrides])
+    data = config.data
+    flops = training_flops(config.model, config.method, data.frames_per_clip, data.caption_tokens)
+    return Row(
+        name=variant.name,
+        tflops_per_second=medians["clips_per_second"] * flops / 1e12,
+        batch=ds_tree["train_micro_batch_size_per_gpu"],
+        joules_per_clip=joules_per_clip,
+        start_seconds=start_seconds,
+        **medians,
+    )
 
 
 def train_variant(
@@ -134,8 +206,8 @@ def train_variant(
 ) -> tuple[list[dict[str, Any]], float | None]:
     """Records of a training run's log, and joules per clip behind the warm-up where the driver tells."""
     cuda = torch.cuda.is_available()
-    gc.collect()
     torch._dynamo.reset()
+    gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -151,10 +223,10 @@ def train_variant(
 
 
 @contextlib.contextmanager
-def ops(*, plain: bool) -> Iterator[None]:
-    """With `plain`, PLAIN_OPS run their plain-torch definitions; attention is the config's."""
+def ops(*, plain: Sequence[str]) -> Iterator[None]:
+    """Those named, of PLAIN_OPS, run their plain-torch definitions; attention is the config's."""
     with contextlib.ExitStack() as stack:
-        for op in PLAIN_OPS if plain else ():
+        for op in plain:
             # A Mock would keep the tensors of every call.
             stack.enter_context(mock.patch(f"miles_fast.kernels.{op}.runs_triton", lambda *_: False))
         yield
@@ -168,20 +240,27 @@ def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows for people, each with its speed against the first."""
-    columns = ("batch", "clips/s", "of first", "ms", "data ms", "MFU %", "GiB", "J/clip")
+def table(rows: Sequence[Row | Failure]) -> str:
+    """The rows for people, each with its speed against the first that ran."""
+    first = next((row for row in rows if isinstance(row, Row)), None)
+    speeds = ("clips/s", "of first", "ms", "data ms", "TFLOP/s", "MFU %")
+    columns = ("batch", *speeds, "GiB", "J/clip", "start s")
     lines = [f"{'':<46}" + "".join(f"{column:>10}" for column in columns)]
     for row in rows:
+        if isinstance(row, Failure):
+            lines.append(f"{row.name:<46}{row.batch:>10}  failed: {row.error.splitlines()[0]}")
+            continue
         shown = (
             row.batch,
             row.clips_per_second,
-            row.clips_per_second / rows[0].clips_per_second,
+            row.clips_per_second / first.clips_per_second,
             row.step_milliseconds,
             row.data_wait_milliseconds,
+            row.tflops_per_second,
             None if row.mfu is None else 100 * row.mfu,
             row.memory_gib,
             row.joules_per_clip,
+            row.start_seconds,
         )
         lines.append(f"{row.name:<46}" + "".join(map(_cell, shown)))
     return "\n".join(lines)

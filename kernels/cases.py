@@ -195,13 +195,16 @@ TOKEN_GATHER_SMALL = (
     TokenGatherCase(B=2, N=4, M=0, D=8, dtype=_FULL),
 )
 
-# One CLS token stands in front of the 784 patches: the trainer passes all 785 with index + 1, never a slice.
+# The trainer has the encoders gather the rows, and passes no index: N is M.
+_GATHERED = {"N": 392, "prediction_indexed": False, "target_indexed": False}
 FEATURE_REGRESSION_TRAINER = (
+    FeatureRegressionCase(B=128, M=392, D=768, dtype=_HALF, **_GATHERED),
+    FeatureRegressionCase(B=128, M=392, D=768, dtype=_HALF, normalization="layernorm", **_GATHERED),
+    FeatureRegressionCase(B=128, M=392, D=768, dtype=_HALF, normalization="none", **_GATHERED),
+    FeatureRegressionCase(B=128, M=392, D=256, dtype=_HALF, **_GATHERED),
+    # What whoever keeps all 785 tokens passes: index + 1, which steps over CLS.
     FeatureRegressionCase(B=128, N=785, M=392, D=768, dtype=_HALF),
     FeatureRegressionCase(B=128, N=785, M=392, D=768, dtype=_HALF, prediction_indexed=False),
-    FeatureRegressionCase(B=128, N=785, M=392, D=768, dtype=_HALF, normalization="layernorm"),
-    FeatureRegressionCase(B=128, N=785, M=392, D=768, dtype=_HALF, normalization="none"),
-    FeatureRegressionCase(B=128, N=785, M=392, D=256, dtype=_HALF),
 )
 FEATURE_REGRESSION_SMALL = (
     *(

@@ -35,7 +35,7 @@ from miles_fast.training.memory_report import OutOfMemory, memory_report
 from miles_fast.training.meter import Meter
 from miles_fast.training.numerics import LossGuard, SkippedData, UpdateCheck, warn_of_collapse
 from miles_fast.training.objective import Losses, Objective
-from miles_fast.training.progress import StepLog
+from miles_fast.training.progress import StepLog, process_seconds
 from miles_fast.training.recovery import (
     Deal,
     Evaluate,
@@ -255,6 +255,8 @@ def _train_from(t: Training, first_step: int) -> int | None:
             if logs:
                 record = meter.record(losses, norm, engine, t.loader.quarantine)
                 record["skipped_steps"] = t.left_out.total
+                if t.log.is_empty:
+                    record["start_seconds"] = process_seconds()
                 t.log.write(step, record, show=("loss", "clips_per_second"))
                 if snapshot is not None:
                     warn_of_collapse(record["target_std"], run)

@@ -22,6 +22,7 @@ class StepLog:
     """
 
     def __init__(self, run: Path, first_step: int, total_steps: int) -> None:
+        self.is_empty = True  # of records of this process
         self._file = self._board = None
         self._waiting = b""
         self._bar = tqdm(
@@ -56,6 +57,7 @@ class StepLog:
 
     def write(self, step: int, record: dict[str, Any], show: tuple[str, ...] = ()) -> None:
         """Write a record of finite or non-finite scalars and nested dicts; `show` go to the progress bar."""
+        self.is_empty = False
         if self._file is None:
             return
         line = json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n"
@@ -92,6 +94,13 @@ class StepLog:
         if self._board is not None:
             with contextlib.suppress(OSError):  # a full disk; said where records were written
                 self._board.close()
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started, its imports included."""
+    import psutil  # which DeepSpeed needs
+
+    return time.time() - psutil.Process().create_time()
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

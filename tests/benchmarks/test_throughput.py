@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import sys
+import time
 import weakref
 from dataclasses import replace
+from math import log10
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from tiny import ds_tree, tiny_config, tiny_tree, write_data
 
 from miles_fast.data.demo_corpus import Recipe, build_demo_corpus
 from miles_fast.data.shards import ShardSet
+from miles_fast.models.flops import training_flops
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -133,6 +137,7 @@ def test_spoiling_spoils_whole_samples(root, monkeypatch):
 
 
 def test_step_and_its_parts(root):
+    called = time.time()
     printed, rows = call(root, "step", "--report", str(root / "step.html"))
     assert [row["name"] for row in rows] == [
         "as configured",
@@ -141,7 +146,13 @@ def test_step_and_its_parts(root):
         "as published, fp32",
     ]
     assert all(row["clips_per_second"] > 0 and row["batch"] == 4 for row in rows)
-    assert f"{rows[2]['clips_per_second']:.2f}" in printed
+    tree = tiny_config(root)
+    flops = training_flops(tree.model, tree.method, tree.data.frames_per_clip, tree.data.caption_tokens)
+    for row in rows:
+        assert row["tflops_per_second"] == pytest.approx(row["clips_per_second"] * flops / 1e12)
+    started, *others = (row["start_seconds"] for row in rows)
+    assert 0 < started < time.time() - called and others == [None] * 3
+    assert f"{rows[2]['clips_per_second']:.2f}" in printed and f"{started:.2f}" in printed
     page = (root / "step.html").read_text()
     assert f"{rows[1]['clips_per_second']:,.1f}" in page and "Training step" in page
 
@@ -152,25 +163,116 @@ def test_a_profile_names_the_host_operators(root):
     assert "parts" in json.loads((root / "parts.json").read_text())
 
 
-def test_the_encoder_alone(root):
+def test_the_encoder_alone(root, monkeypatch):
     _, rows = call(root, "model")
     assert [row["name"] for row in rows] == ["as configured", "eager, SDPA", "as published, fp32"]
     for row in rows:
         assert row["clips_per_second"] == pytest.approx(4000 / row["milliseconds"])
-        assert row["tflops_per_second"] > 0 and row["mfu"] is None
+        assert row["tflops_per_second"] > 0 and row["mfu"] is row["joules_per_clip"] is None
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import model_speed
+
+    drawn = iter((1000.0, 1024.0))  # by 3 passes of 4 clips
+    monkeypatch.setattr(model_speed, "joules", lambda: next(drawn))
+    config = tiny_config(root)
+    way = ("sdpa", torch.float32, config.run)
+    row = model_speed._measure(config, 4, 3, torch.device("cpu"), "made up", *way)
+    assert row.joules_per_clip == 2 and model_speed.table([row]).endswith("2.00")
 
 
 def test_ablations_change_one_thing_each(root, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from variants import ABLATIONS, FP8, ablations, measure_variants
+    import throughput
+    import variants
 
-    kept = ablations(str(root / "tiny.yaml"), ["run.precision=fp8", "model.video.width=32"])
+    overrides = ["run.precision=fp8", "model.video.width=32"]
+    kept = variants.ablations(str(root / "tiny.yaml"), overrides)
     names = ["bf16 linear layers", "SDPA for the attention ops", "one reading process"]
     assert [one.name for one in kept if one.overrides] == names  # neither compiled nor in graphs here
-    chosen = [FP8, *(one for one in ABLATIONS if one.plain_ops or one.ds)]
-    rows = measure_variants(chosen, str(root / "tiny.yaml"), ["model.video.width=32"], ds_tree(stage=1), 7)
-    assert [row.name for row in rows] == [one.name for one in chosen]
-    assert all(row.clips_per_second > 0 for row in rows)
+
+    each = [next(one for one in kept if getattr(one, kind)) for kind in ("overrides", "plain_ops", "ds")]
+    monkeypatch.setattr(variants, "ABLATIONS", each)
+    files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
+    options = ["--ablate", "--batches", "1", "--json", str(root / "ablate.json")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "step", *files, *options, *overrides])
+    assert throughput.main() == 0
+    rows = json.loads((root / "ablate.json").read_text())["step"]
+    assert [row["name"] for row in rows] == ["as configured", *(one.name for one in each)]
+    assert all(row["clips_per_second"] > 0 for row in rows)
+
+
+def test_all_of_it_on_one_page(root):
+    timing = {"op": "space_attention", "case": "64x4", "forward_gb_per_second": 2000.0}
+    timings = [
+        {**timing, "implementation": "triton", "forward_tflops_per_second": 100.0},
+        {**timing, "implementation": "sdpa", "forward_tflops_per_second": 1000.0},
+        {**timing, "op": "token_gather", "implementation": "triton", "forward_tflops_per_second": None},
+    ]
+    # The ridge is at 100 FLOPs a byte, on axes of 10 to 1000 FLOPs a byte and of decades of TFLOP/s.
+    micro = {"copy_gb_per_second": 10000.0, "product_tflops_per_second": 1000.0, "timings": timings}
+    (root / "micro.json").write_text(json.dumps(micro))
+    page, options = root / "all.html", ("--rival-seconds", "0.2", "--micro", str(root / "micro.json"))
+    throughput(root, "all", "--alone", *options, "--report", str(page), "--json", str(root / "all.json"))
+    found, text = json.loads((root / "all.json").read_text()), page.read_text()
+    assert {"model", "step", "loader"} <= found.keys() and len(found["step"]) == 1
+    for rate in (found["model"][1], found["step"][0], found["loader"]):
+        assert f"{rate['clips_per_second']:,.1f}" in text
+    assert f"{found['loader']['decoding_milliseconds']:,.1f}" in text and "Loader by stage" in text
+    assert "Training step, as configured" in text and "product 1,000 TFLOP/s" in text
+    (roof,) = re.findall(r'<polyline class="line s3" points="(.*?)"', text)
+    start, ridge, end = (tuple(map(float, corner.split(","))) for corner in roof.split())
+    assert ridge[1] == end[1] and ridge[0] == pytest.approx((start[0] + end[0]) / 2)
+    points = re.findall(r'<circle class="dot( first)?" cx="(.*?)" cy="(.*?)"', text)
+    assert [ours for ours, *_ in points] == [" first", ""] and ">space_attention</text>" in text
+    # 100 TFLOP/s of 2 TB/s: 50 FLOPs a byte, a fifth of what the roof has there; 500 with the product's.
+    (_, x, y), (_, other_x, other_y) = points
+    assert (float(x), float(other_x)) == pytest.approx(
+        tuple(start[0] + (end[0] - start[0]) * share for share in (log10(5) / 2, log10(50) / 2)), abs=0.2
+    )
+    assert float(other_y) == end[1] < float(y)
+
+
+def test_a_row_that_fails_loses_no_other(root, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import throughput
+    import variants
+
+    from miles_fast.training import loop
+
+    step, tried, held = loop.train_step, [], []
+
+    def narrow(engine, snapshot, batch, **options):
+        clips = len(batch.video_BTCHW)
+        tried.append(clips)
+        assert not any(one() is not None for one in held), "the last try's tensors are still there"
+        if clips > fits:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("made up")
+        return step(engine, snapshot, batch, **options)
+
+    monkeypatch.setattr(loop, "train_step", narrow)
+    impossible = variants.Variant(name="of no model", overrides=("run.x=1",))
+    monkeypatch.setattr(variants, "BASELINES", (impossible,))
+    files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
+    options = ["--batches", "1", "--json", str(root / "fails.json"), "--report", str(root / "fails.html")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "step", *files, *options])
+
+    fits = 2
+    assert throughput.main() == 1
+    configured, failed = json.loads((root / "fails.json").read_text())["step"]
+    assert configured["start_seconds"] is None  # another batch was tried before
+    assert configured["batch"] == 2 and configured["clips_per_second"] > 0 and tried == [4] + [2] * 6
+    assert failed.keys() == {"name", "batch", "error"} and "run.x" in failed["error"]
+    assert f"{configured['clips_per_second']:.2f}" in (printed := capsys.readouterr().out)
+    assert "of no model" in printed and "run.x" in printed
+    assert f"{configured['clips_per_second']:,.1f}" in (root / "fails.html").read_text()
+
+    fits, tried[:] = 0, []
+    (failed,) = variants.measure_variants([variants.CONFIGURED], files[1], [], ds_tree(stage=1), 3)
+    assert tried == [4, 2, 1] and failed.batch == 1 and "out of memory" in failed.error
+    assert "out of memory" in variants.table([failed])
 
 
 def test_plain_ops_keep_no_tensor(monkeypatch):
@@ -180,7 +282,7 @@ def test_plain_ops_keep_no_tensor(monkeypatch):
     from miles_fast.kernels import token_gather
 
     rows = torch.zeros(2, 4, 8)
-    with ops(plain=True):
+    with ops(plain=("token_gather",)):
         token_gather.token_gather(rows, torch.arange(3).expand(2, 3).contiguous())
         rows = weakref.ref(rows)
         assert rows() is None
@@ -188,12 +290,13 @@ def test_plain_ops_keep_no_tensor(monkeypatch):
 
 def test_plain_ops_are_all_that_have_a_kernel_but_attention(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from variants import PLAIN_OPS
+    from variants import ABLATIONS, PLAIN_OPS
 
     files = (BENCHMARKS.parent / "kernels").glob("*.py")
     deciding = {file.stem for file in files if "runs_triton(" in file.read_text()}
     attention = {name for name in deciding if name.endswith("_attention")}
     assert set(PLAIN_OPS) == deciding - attention - {"dispatch", "biased_gelu"}
+    assert sorted(op for one in ABLATIONS for op in one.plain_ops) == sorted(PLAIN_OPS)
 
 
 def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch):
