@@ -228,8 +228,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
             wanted = t.left_out.position(step - 1)
             ballot.cast(Vote(t.stop.signal is not None, t.saver.problem is not None, t.saver.busy))
             guard.begin()
-            if logs:
-                update.before()
+            update.before()
             t.watchdog.report(f"waiting for the data of step {step}")
             for _ in range((wanted - position) * t.settings.accumulation):
                 next(batches)
@@ -248,11 +247,11 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 t.left_out.applied()
                 if snapshot is not None:
                     snapshot.follow(engine.module.model, step)
-                if logs:
-                    update.after(step)
+                update.after(step)
             elif skipped(t, step, wanted, guard):
                 return roll_back(t, step)
             if logs:
+                update.verify()
                 record = meter.record(losses, norm, engine, t.loader.quarantine)
                 record["skipped_steps"] = t.left_out.total
                 t.log.write(step, record, show=("loss", "clips_per_second"))
