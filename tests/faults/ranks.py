@@ -32,9 +32,18 @@ from miles_fast.training.signals import STOPPED, Stopped  # noqa: E402
 def inject(fault: str, steps: int, note: Path):
     """A `deal` for `pretrain` that notes the keys and brings in `kind:step:rank` (kind:step-step:rank).
 
-    `die:0:rank` is before the first batch.
+    `die:0:rank` is before the first batch, `die:start:rank` and `hang:start:rank` before there is an engine.
     """
     kind, when, who = fault.split(":") if fault else ("", "0", "0")
+    if when == "start":
+        build, when = loop.build_engine, "0"
+
+        def never(*rest):
+            if rank() == int(who):
+                os.kill(os.getpid(), signal.SIGKILL) if kind == "die" else time.sleep(10**6)
+            return build(*rest)
+
+        loop.build_engine = never
     first, last = (int(part) for part in (when.split("-") * 2)[:2])
     if kind == "int":  # which a shell has its background ignore
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -60,7 +60,7 @@ FAULTS = {
             "slow_disk or read_only or failed_save or disk",
         ],
     ),
-    "F9": ("ranks that hang or are gone, memory", ["tests/faults/test_ends.py", "-k", "hangs or suffice"]),
+    "F9": ("ranks that hang or are gone, memory", ["tests/faults/test_ends.py", "-k", "hangs or memory"]),
     "F10": (
         "malicious shards and checkpoints",
         [
