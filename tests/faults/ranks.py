@@ -73,13 +73,16 @@ def inject(fault: str, steps: int, note: Path):
                 file.write(json.dumps({"data": step, "keys": batch.keys}) + "\n")
             yield batch
 
-    if kind == "nan-gradient":
+    if kind in ("nan-gradient", "spike"):
         check, calls = LossGuard.check, [0]
 
         def broken(self, losses, keys):
             calls[0] += 1
+            now = rank() == int(who) and first <= calls[0] <= last
+            if now and kind == "spike":
+                losses = losses._replace(total=losses.total * 100)
             loss = check(self, losses, keys)
-            return loss * float("inf") if rank() == int(who) and first <= calls[0] <= last else loss
+            return loss * float("inf") if now and kind == "nan-gradient" else loss
 
         LossGuard.check = broken
     return deal

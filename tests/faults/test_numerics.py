@@ -78,6 +78,35 @@ def test_a_bad_step_of_one_rank_changes_nothing_on_any(
     finding("F6", f"{kind} on one rank, ZeRO 0 to 3, {precision}: skipped on both, state bit-equal")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["spike", "nan-data"])
+def test_bad_steps_of_one_rank_in_a_row_take_all_ranks_back(start, tmp_path, finding, full, kind, precision):
+    if not full and (kind, precision) != ("spike", "bf16"):
+        pytest.skip("make faults runs the others")
+    bad, last = FEWEST + 2, FEWEST + 4  # a median and a checkpoint come before
+    run = {"save_every": FEWEST, "max_skipped_steps": 2}
+    if kind == "spike":
+        run |= {"spike_factor": 10.0}
+    options = ["--steps", str(last), "--wait-for-saves", "--run-keys", json.dumps(run)]
+    if precision == "bf16":
+        options += ["--ds-keys", json.dumps({"bf16": {"enabled": True}} | FLOAT32_SUMS)]
+    ranks = start(tmp_path / "run", 2, *options, "--fault", f"{kind}:{bad}-{bad + 1}:1")
+    assert ranks.wait() == [0, 0], ranks.errors
+    log = read_log(tmp_path / "run")
+    skipped = [record for record in log if "skipped" in record]
+    assert [record["step"] for record in skipped] == [bad, bad + 1]
+    assert [[entry["rank"] for entry in record["skipped"]] for record in skipped] == [[1], [1]]
+    back = next(record for record in log if "rolled_back_to" in record)
+    assert back["rolled_back_to"] == FEWEST and back["skipped_data"] == [[bad - 1, bad + 1]]
+    figures = [(r["step"], r["loss"]) for r in log if "loss" in r]
+    assert [step for step, _ in figures] == [*range(1, bad + 1), *range(FEWEST + 1, last + 1)]
+    assert figures[bad] == figures[FEWEST]  # from the same state and the same data
+    for name in ("run.keys0.jsonl", "run.keys1.jsonl"):
+        dealt = [json.loads(line)["data"] for line in (tmp_path / name).read_text().splitlines()]
+        assert dealt == [*range(1, bad + 2), *range(FEWEST + 1, last + 3)]
+    finding("F6", f"{kind} on one of two ranks, {precision}: skipped on both, after 2 in a row both go back")
+
+
 def train(root, folder, deal, **run):
     config = tiny_config(root, run={"folder": str(folder), **run})
     settings = check_ds_config(ds_tree(stage=1), "ds", config, cuda=False, ranks=1)
