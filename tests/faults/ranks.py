@@ -63,12 +63,9 @@ def inject(fault: str, steps: int, note: Path):
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif kind == "freeze":
                     os.kill(os.getpid(), signal.SIGSTOP)
-                elif kind == "term":
-                    os.kill(os.getpid(), signal.SIGTERM)
-                elif kind == "usr1":
-                    os.kill(os.getpid(), signal.SIGUSR1)
-                elif kind == "int":
-                    os.kill(os.getpid(), signal.SIGINT)
+                elif kind in ("term", "usr1", "int"):
+                    note.with_suffix(".signalled").write_text(str(time.monotonic()))
+                    os.kill(os.getpid(), signal.Signals[f"SIG{kind.upper()}"])
             with open(note, "a") as file:
                 file.write(json.dumps({"data": step, "keys": batch.keys}) + "\n")
             yield batch

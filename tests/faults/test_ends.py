@@ -17,6 +17,7 @@ from miles_fast.training.signals import HUNG, STOPPED, exit_with_status
 
 # Large enough for its activations to be most of the memory.
 DEEP = {"video": {"image_size": 128, "patch_size": 8, "width": 192, "depth": 8, "heads": 6, "num_frames": 2}}
+GRACE_SECONDS = 60  # what Slurm and others give a job between the signal and the kill
 HANG = ("--run-keys", '{"hang_seconds": 12}')
 
 
@@ -35,9 +36,9 @@ def test_a_signal_ends_with_a_checkpoint_and_the_resume_is_bit_exact(
     assert whole.wait() == [0] * ranks, whole.errors
     # Only the last rank is told; all stop after the same step.
     run = start(tmp_path / "run", ranks, "--steps", "5", "--fault", f"{kind}:2:{ranks - 1}")
-    began = time.monotonic()
     assert run.wait() == [STOPPED] * ranks, run.errors
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - float((tmp_path / f"run.keys{ranks - 1}.signalled").read_text())
+    assert 0 < seconds < GRACE_SECONDS
     assert "its checkpoint is complete" in run.errors[0]
     stopped = find_checkpoint(tmp_path / "run", "auto")
     assert 2 <= int(stopped.name[-2:]) < 5
@@ -47,7 +48,7 @@ def test_a_signal_ends_with_a_checkpoint_and_the_resume_is_bit_exact(
     for name in ("rank-00000.safetensors", "snapshot.safetensors", "student/model.safetensors"):
         files = [tmp_path / r / "checkpoints" / "step-00000005" / name for r in ("run", "whole")]
         assert files[0].read_bytes() == files[1].read_bytes()
-    finding("F7", f"exit code {STOPPED} after {seconds:.0f} s with the start, resumed bit-equal ({kind})")
+    finding("F7", f"exit code {STOPPED} {seconds:.1f} s after the signal, resumed bit-equal ({kind})")
 
 
 def test_the_signal_of_ctrl_c_ends_with_a_checkpoint_and_a_second_one_at_once(start, tmp_path):

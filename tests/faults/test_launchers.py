@@ -22,6 +22,7 @@ from miles_fast.training.progress import read_log
 from miles_fast.training.signals import HUNG, STOPPED
 
 STEPS = 60  # some seconds: long enough to be stopped in
+GRACE_SECONDS = 60  # between the signal and the kill
 PROGRAM = "launch/pretrain.py"
 STARTED: list[subprocess.Popen] = []
 
@@ -126,8 +127,9 @@ def test_deepspeed_lets_a_stopped_run_save(files, tmp_path, finding, full, reque
     else:
         os.killpg(launched.pid, number)
     assert launched.wait(100) == code
-    assert not psutil.wait_procs(family, timeout=60)[1]
+    assert not psutil.wait_procs(family, timeout=GRACE_SECONDS)[1]
     seconds = time.monotonic() - began
+    assert seconds < GRACE_SECONDS
     assert_stopped(run)
     if full:
         assert deepspeed(files, run, "--resume", "auto").wait(280) == 0
@@ -187,13 +189,19 @@ def test_slurm_goes_on_where_its_signal_stopped_the_run(slurm, whole_if_full, tm
     run = tmp_path / "run"
     job = slurm(f"run.folder={run}")
     await_a_step(job, run)
+    began = time.monotonic()
     for rank in ranks_of(job):  # what --signal=USR1@180 sends, and to whom
         rank.send_signal(signal.SIGUSR1)
     assert job.wait(100) == STOPPED and (tmp_path / "scontrol").is_file()
+    seconds = time.monotonic() - began
+    assert seconds < GRACE_SECONDS
     assert_stopped(run)
     assert slurm(f"run.folder={run}").wait(280) == 0
     assert_same(run, whole_if_full)
-    finding("F7", f"slurm.sbatch, SIGUSR1 to the tasks: exit {STOPPED}, requeued, gone on bit-equal")
+    finding(
+        "F7",
+        f"slurm.sbatch, SIGUSR1 to the tasks: exit {STOPPED} in {seconds:.0f} s, requeued, gone on bit-equal",
+    )
 
 
 @pytest.fixture
