@@ -1,10 +1,9 @@
-"""F7 under the launchers that people use: DeepSpeed's on one host, and through Slurm."""
+"""F7 under the launchers that people use: DeepSpeed's on one host, over ssh, and through Slurm."""
 
 import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from fork_server import LAUNCHERS, PATHS, ROOT
+from fork_server import LAUNCHERS, PATHS, ROOT, free_port
 from tiny import ds_tree, tiny_tree
 
 from miles_fast.training.checkpoint import find_checkpoint
@@ -64,10 +63,7 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
 
 
 def deepspeed(files: list[str], run: Path, *options: str) -> subprocess.Popen:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", port, PROGRAM)
+    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), PROGRAM)
     return start(*launcher, "--config", files[0], "--ds_config", files[1], f"run.folder={run}", *options)
 
 
@@ -140,11 +136,56 @@ def test_deepspeed_lets_a_stopped_run_save(files, tmp_path, finding, full, reque
         )
 
 
+def test_deepspeed_reaches_the_hosts_of_a_hostfile(files, tmp_path, finding):
+    """One rank on each host of the example; ssh and pdsh are scripts that start with a new environment."""
+    write_programs(
+        tmp_path / "bin",
+        ssh=f'echo "$*" >> {tmp_path}/ssh; echo 127.0.0.1',
+        pdsh="""
+            [ "$1 $2 $4" = "-S -f -w" ] || exit 9
+            IFS=, read -ra hosts <<< "$5"
+            shift 5
+            node=0 status=0 started=()
+            for host in "${hosts[@]}"; do
+                line="$*"
+                (cd / && exec env -i HOME="$HOME" PATH=/usr/bin:/bin bash -c "${line//%n/$node}") &
+                started+=($!) node=$((node + 1))
+            done
+            for one in "${started[@]}"; do
+                wait "$one" || { code=$?; ((code > status)) && status=$code; }
+            done
+            exit $status""",
+    )
+    run = tmp_path / "run"
+    launcher = ("deepspeed", "--hostfile", "launch/hostfile.example", "--num_gpus", "1", "--master_port")
+    options = ("--config", files[0], "--ds_config", files[1], f"run.folder={run}")
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    launched = start(*launcher, str(free_port()), PROGRAM, *options, PATH=path)
+    await_a_step(launched, run)
+    assert "node-0 hostname" in (tmp_path / "ssh").read_text()
+    ranks = ranks_of(launched)
+    assert sorted(rank.environ()["RANK"] for rank in ranks) == ["0", "1"]
+    ranks[1].send_signal(signal.SIGTERM)
+    assert launched.wait(100) == STOPPED
+    assert_stopped(run)
+    assert {path.name for path in find_checkpoint(run, "auto").glob("rank-*")} == {
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+    }
+    finding("F7", f"deepspeed --hostfile, SIGTERM to a rank of another host: exit {STOPPED}")
+
+
+def write_programs(folder: Path, **bodies: str) -> None:
+    """Scripts by name, to go first on PATH."""
+    folder.mkdir()
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
 @pytest.fixture
 def slurm(files, tmp_path):
     """Run launch/slurm.sbatch for one node of two ranks, where Slurm's programs are scripts."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
     programs = {
         "sinfo": "true",
         "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >> {tmp_path}/scontrol; fi',
@@ -162,13 +203,11 @@ def slurm(files, tmp_path):
             done
             exit $status""",
     }
-    for name, body in programs.items():
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (folder / name).chmod(0o755)
+    write_programs(tmp_path / "bin", **programs)
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node", "SLURM_NTASKS_PER_NODE": "2"}
 
     def submit(*options: str, **environment: str) -> subprocess.Popen:
-        path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         return start("bash", "launch/slurm.sbatch", *files, *options, **{**job, **environment, "PATH": path})
 
     return submit
