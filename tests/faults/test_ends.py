@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import ds_tree, tiny_config
 
-from miles_fast.training import loop
+from miles_fast.training import checkpoint, loop
 from miles_fast.training.checkpoint import find_checkpoint
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.memory_report import OutOfMemory
@@ -142,6 +142,18 @@ def test_a_gpu_without_memory_ends_the_program_with_a_table(root, tmp_path, monk
     gib = {row[:42].strip(): float(row[42:].split()[0]) for row in said.splitlines() if row.endswith(" GiB")}
     assert 0 < gib["allocated at the peak"] < gib["on the device"] and gib["float32 weights"] > 0
     assert "train_micro_batch_size_per_gpu 24 -> 12" in said
+
+
+def test_memory_that_ends_while_restoring_is_not_a_damaged_checkpoint(root, tmp_path, monkeypatch):
+    def full(*rest):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 1})
+    settings = check_ds_config(ds_tree(stage=1), "ds", config, cuda=False, ranks=1)
+    loop.pretrain(config, settings)
+    monkeypatch.setattr(checkpoint, "load_state", full)
+    with pytest.raises(OutOfMemory, match="rank 0 ran out of memory"):
+        loop.pretrain(config, settings, resume="auto")
 
 
 def test_a_failed_save_can_be_gone_on_from(root, tmp_path, monkeypatch):
