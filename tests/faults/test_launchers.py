@@ -136,43 +136,64 @@ def test_deepspeed_lets_a_stopped_run_save(files, tmp_path, finding, full, reque
         )
 
 
-def test_deepspeed_reaches_the_hosts_of_a_hostfile(files, tmp_path, finding):
+@pytest.fixture
+def over_ssh(files, tmp_path):
     """One rank on each host of the example; ssh and pdsh are scripts that start with a new environment."""
     write_programs(
         tmp_path / "bin",
         ssh=f'echo "$*" >> {tmp_path}/ssh; echo 127.0.0.1',
-        pdsh="""
-            [ "$1 $2 $4" = "-S -f -w" ] || exit 9
+        pdsh=f"""
+            echo "$*" > {tmp_path}/pdsh
+            [ -z "${{PDSH_EXIT:-}}" ] || exit "$PDSH_EXIT"
             IFS=, read -ra hosts <<< "$5"
             shift 5
             node=0 status=0 started=()
-            for host in "${hosts[@]}"; do
+            for host in "${{hosts[@]}}"; do
                 line="$*"
-                (cd / && exec env -i HOME="$HOME" PATH=/usr/bin:/bin bash -c "${line//%n/$node}") &
+                (cd / && exec env -i HOME="$HOME" PATH=/usr/bin:/bin bash -c "${{line//%n/$node}}") &
                 started+=($!) node=$((node + 1))
             done
-            for one in "${started[@]}"; do
-                wait "$one" || { code=$?; ((code > status)) && status=$code; }
+            for one in "${{started[@]}}"; do
+                wait "$one" || {{ code=$?; ((code > status)) && status=$code; }}
             done
             exit $status""",
     )
-    run = tmp_path / "run"
     launcher = ("deepspeed", "--hostfile", "launch/hostfile.example", "--num_gpus", "1", "--master_port")
-    options = ("--config", files[0], "--ds_config", files[1], f"run.folder={run}")
-    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    launched = start(*launcher, str(free_port()), PROGRAM, *options, PATH=path)
+    options = ("--config", files[0], "--ds_config", files[1])
+
+    def submit(run: Path, **environment: str) -> subprocess.Popen:
+        path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        program = (PROGRAM, *options, f"run.folder={run}")
+        return start(*launcher, str(free_port()), *program, **{**environment, "PATH": path})
+
+    return submit
+
+
+def test_deepspeed_asks_the_hosts_of_a_hostfile_and_gives_their_code_back(over_ssh, tmp_path):
+    assert over_ssh(tmp_path / "run", PDSH_EXIT=str(STOPPED)).wait(60) == STOPPED
+    assert (tmp_path / "ssh").read_text().splitlines()[-1] == "node-0 hostname -I"
+    said = (tmp_path / "pdsh").read_text()
+    assert said.startswith("-S -f 1024 -w node-0,node-1 ") and f"cd {ROOT};" in said
+    assert "--node_rank=%n --master_addr=127.0.0.1" in said and f"{PROGRAM} --config" in said
+
+
+def test_ranks_on_the_hosts_of_a_hostfile_stop_together(over_ssh, full, tmp_path, finding):
+    if not full:
+        pytest.skip("make faults runs it")
+    run = tmp_path / "run"
+    launched = over_ssh(run)
     await_a_step(launched, run)
-    assert "node-0 hostname" in (tmp_path / "ssh").read_text()
     ranks = ranks_of(launched)
     assert sorted(rank.environ()["RANK"] for rank in ranks) == ["0", "1"]
+    began = time.monotonic()
     ranks[1].send_signal(signal.SIGTERM)
     assert launched.wait(100) == STOPPED
+    seconds = time.monotonic() - began
+    assert seconds < GRACE_SECONDS
     assert_stopped(run)
-    assert {path.name for path in find_checkpoint(run, "auto").glob("rank-*")} == {
-        "rank-00000.safetensors",
-        "rank-00001.safetensors",
-    }
-    finding("F7", f"deepspeed --hostfile, SIGTERM to a rank of another host: exit {STOPPED}")
+    files = {path.name for path in find_checkpoint(run, "auto").glob("rank-*")}
+    assert files == {"rank-00000.safetensors", "rank-00001.safetensors"}
+    finding("F7", f"deepspeed --hostfile, SIGTERM to one host's rank: exit {STOPPED} in {seconds:.0f} s")
 
 
 def write_programs(folder: Path, **bodies: str) -> None:
