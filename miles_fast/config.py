@@ -243,8 +243,8 @@ class RunConfig:
     many times the running median; after `max_skipped_steps` in a row the run goes back to its last checkpoint
     and leaves their data out, `max_rollbacks` times between two checkpoints. `min_target_std` is the
     standard deviation of the targets below which the log warns of collapse. When no rank gets on for
-    `hang_seconds` (0: for ever; evaluating must fit, the first step may take five times as long), the run
-    ends and names the rank.
+    `hang_seconds` (0: for ever; evaluating must fit, the start and the first step may take five times as
+    long), the run ends and names the rank.
 
     `freeze`: prefixes of published weight names (video_model.blocks.0., say) that are not trained; ZeRO-3
     takes none. `lr_scale`: factors of the learning rate by such prefixes, of which the longest counts. With a

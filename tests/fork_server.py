@@ -116,6 +116,34 @@ class Ranks:
                 program.kill()
             self.errors = [program.printed()[1] for program in self.programs]
 
+    def finish(self, timeout: float) -> None:
+        """Wait until all have ended with 0. Raises AssertionError with the last lines of those that have not.
+
+        Once one has failed the others, which may wait for it for ever, get a few seconds.
+        """
+        limit = time.monotonic() + timeout
+        try:
+            codes = [program.poll() for program in self.programs]
+            while None in codes and (now := time.monotonic()) < limit:
+                if any(codes):
+                    limit = min(limit, now + 5)
+                time.sleep(0.05)
+                codes = [program.poll() for program in self.programs]
+        finally:
+            for program in self.programs:
+                program.kill()
+        said = []
+        for rank, (code, program) in enumerate(zip(codes, self.programs, strict=True)):
+            if code != 0:
+                how = "did not end" if code is None else f"ended with {code}"
+                said.append(f"rank {rank} {how}:\n{_end(program.printed()[1])}")
+        if said:
+            raise AssertionError("\n".join(said))
+
+
+def _end(text: str, lines: int = 20, width: int = 200) -> str:
+    return "\n".join(line[-width:] for line in text.strip().splitlines()[-lines:])
+
 
 def free_port() -> int:
     with socket.socket() as free:

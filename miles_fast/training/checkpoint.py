@@ -115,6 +115,8 @@ def restore_checkpoint(
     problem = None
     try:
         _load(checkpoint, state, engine, snapshot)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         problem = f"{checkpoint}: does not fit this run on rank {rank()} ({error})"
     # All ranks end together, rather than the others waiting for one in their first step.
@@ -172,6 +174,8 @@ def _restore_deepspeed(checkpoint: Path, engine: Any, snapshot: Snapshot | None,
         )
     try:
         path, _ = engine.load_checkpoint(str(checkpoint), tag="engine")
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, OSError) as error:
         raise CheckpointError(f"{checkpoint}: DeepSpeed cannot restore it ({error})") from error
     if path is None:

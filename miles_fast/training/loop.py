@@ -31,7 +31,7 @@ from miles_fast.training.early_stopping import EarlyStopping, Verdict
 from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
 from miles_fast.training.graphs import capture_passes, sample_inputs
 from miles_fast.training.masks import draw_step_masks
-from miles_fast.training.memory_report import OutOfMemory, memory_report
+from miles_fast.training.memory_report import OutOfMemory, is_out_of_memory, memory_report
 from miles_fast.training.meter import Meter
 from miles_fast.training.numerics import LossGuard, SkippedData, UpdateCheck, warn_of_collapse
 from miles_fast.training.objective import Losses, Objective
@@ -69,104 +69,108 @@ def pretrain(
     at the end. `deal(loader, first_step)` gives the batches; benchmarks put others in the loader's place.
     """
     device = init_process_group()
-    run = Path(config.run.folder)
-    checkpoint = find_checkpoint(run, resume) if resume else None
-    state = read_state(checkpoint, config) if checkpoint else {"step": 0}
-    first_step = state["step"]
-    _prepare_folder(run, config, keep=resume is not None)
-    torch.manual_seed(config.run.seed)
-    tokenizer = load_tokenizer(config.model.text.tokenizer_source)
-    objective = Objective(
-        build_dual_encoder(config.model, len(tokenizer)), config.method, config.data.frames_per_clip
-    )
-    if config.run.init_from and not checkpoint:
-        _initialize(objective, config.run.init_from)
-    _freeze(objective.model, config.run.freeze, settings.stage)
-    if config.run.precision == "fp8":
-        use_fp8(objective, device)
-    student = WholeStudent(objective.model, settings.stage if evaluate else 0)
-    snapshot = None
-    if config.method.view != "none":
-        snapshot = Snapshot(
-            objective.model,
-            config.method.snapshot,
-            config.method.regression,
-            total_steps=config.run.steps,
-            dtype=settings.dtype,
-            device=device,
-        )
-    if config.run.compile:
-        compile_passes(objective, snapshot, config.run.activation_memory_budget)
-    engine = build_engine(objective, settings)
-    torch.manual_seed(config.run.seed + 1 + rank())
-    if checkpoint:
-        restore_checkpoint(checkpoint, state, engine, snapshot, trust=trust_checkpoint)
-        logger.info("resumed from %s at step %d", checkpoint, first_step)
-    listed = run / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank{rank()}.jsonl")
-    quarantine = Quarantine(listed, config.data.max_bad_share)
-    share = Share(batch=settings.batch, accumulation=settings.accumulation, rank=rank(), ranks=world_size())
-    loader = Loader(
-        config.data,
-        image_size=config.model.video.image_size,
-        tokenizer=tokenizer,
-        share=share,
-        seed=config.run.seed,
-        device=device,
-        quarantine=quarantine,
-        draw_masks=partial(draw_step_masks, config, settings.batch, rank()) if snapshot else None,
-    )
-    if config.run.cuda_graphs:
-        if device.type == "cuda":
-            capture_passes(objective, snapshot, sample_inputs(config, settings.batch, device))
-        else:
-            note_once("run.cuda_graphs: without a GPU the passes run one operator at a time")
-    if state.get("clips_per_step", share.global_batch) != share.global_batch:
-        logger.warning(
-            "%s took %d clips a step, this run takes %d: the order of the data goes on at step %d of the new "
-            "size. Change gradient_accumulation_steps with the number of ranks to keep it",
-            *(checkpoint, state["clips_per_step"], share.global_batch, first_step),
-        )
-    log, stop, watchdog = (
-        StepLog(run, first_step, config.run.steps),
-        StopRequest(),
-        Watchdog(config.run.hang_seconds),
-    )
-    stopping = None
-    if config.run.patience:
-        watched = config.data.evaluation[0].name
-        stopping = EarlyStopping(run, watched, config.run.patience, config.run.evaluate_every)
-    training = Training(
-        config=config,
-        settings=settings,
-        engine=engine,
-        student=student,
-        snapshot=snapshot,
-        loader=loader,
-        deal=deal,
-        evaluate=evaluate,
-        run=run,
-        device=device,
-        log=log,
-        saver=Saver(run, config, engine, snapshot, device),
-        stop=stop,
-        watchdog=watchdog,
-        left_out=SkippedData(config.run, state.get("skipped_data", [])),
-        stopping=stopping,
-    )
-    stop.listen()
-    watchdog.start()
-    try:
-        _train(training, first_step)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(memory_report(engine, snapshot, settings, device)) from error
-    except RuntimeError as error:
-        if "gloo" in str(error) or isinstance(error, torch.distributed.DistError):
-            watchdog.await_verdict()
-        raise
-    finally:
-        watchdog.close()
-        stop.close()
-        log.close()
+    watchdog = Watchdog(config.run.hang_seconds)
+    objective = engine = snapshot = None
+    with contextlib.ExitStack() as stack:
+        stack.callback(watchdog.close)
+        watchdog.start()
+        try:
+            run = Path(config.run.folder)
+            checkpoint = find_checkpoint(run, resume) if resume else None
+            state = read_state(checkpoint, config) if checkpoint else {"step": 0}
+            first_step = state["step"]
+            _prepare_folder(run, config, keep=resume is not None)
+            torch.manual_seed(config.run.seed)
+            watchdog.report("building the model")
+            tokenizer = load_tokenizer(config.model.text.tokenizer_source)
+            objective = Objective(
+                build_dual_encoder(config.model, len(tokenizer)), config.method, config.data.frames_per_clip
+            )
+            if config.run.init_from and not checkpoint:
+                _initialize(objective, config.run.init_from)
+            _freeze(objective.model, config.run.freeze, settings.stage)
+            if config.run.precision == "fp8":
+                use_fp8(objective, device)
+            student = WholeStudent(objective.model, settings.stage if evaluate else 0)
+            if config.method.view != "none":
+                snapshot = Snapshot(
+                    objective.model,
+                    config.method.snapshot,
+                    config.method.regression,
+                    total_steps=config.run.steps,
+                    dtype=settings.dtype,
+                    device=device,
+                )
+            if config.run.compile:
+                compile_passes(objective, snapshot, config.run.activation_memory_budget)
+            watchdog.report("building the engine")
+            engine = build_engine(objective, settings)
+            torch.manual_seed(config.run.seed + 1 + rank())
+            if checkpoint:
+                watchdog.report(f"restoring {checkpoint}")
+                restore_checkpoint(checkpoint, state, engine, snapshot, trust=trust_checkpoint)
+                logger.info("resumed from %s at step %d", checkpoint, first_step)
+            watchdog.report("opening the data")
+            listed = run / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank{rank()}.jsonl")
+            quarantine = Quarantine(listed, config.data.max_bad_share)
+            share = Share(
+                batch=settings.batch, accumulation=settings.accumulation, rank=rank(), ranks=world_size()
+            )
+            loader = Loader(
+                config.data,
+                image_size=config.model.video.image_size,
+                tokenizer=tokenizer,
+                share=share,
+                seed=config.run.seed,
+                device=device,
+                quarantine=quarantine,
+                draw_masks=partial(draw_step_masks, config, settings.batch, rank()) if snapshot else None,
+            )
+            if config.run.cuda_graphs:
+                if device.type == "cuda":
+                    watchdog.report("capturing CUDA graphs")
+                    capture_passes(objective, snapshot, sample_inputs(config, settings.batch, device))
+                else:
+                    note_once("run.cuda_graphs: without a GPU the passes run one operator at a time")
+            if state.get("clips_per_step", share.global_batch) != share.global_batch:
+                logger.warning(
+                    "%s took %d clips a step, this run takes %d: the order of the data goes on at step %d of "
+                    "the new size. Change gradient_accumulation_steps with the number of ranks to keep it",
+                    *(checkpoint, state["clips_per_step"], share.global_batch, first_step),
+                )
+            log = stack.enter_context(contextlib.closing(StepLog(run, first_step, config.run.steps)))
+            stop = stack.enter_context(contextlib.closing(StopRequest()))
+            stopping = None
+            if config.run.patience:
+                watched = config.data.evaluation[0].name
+                stopping = EarlyStopping(run, watched, config.run.patience, config.run.evaluate_every)
+            training = Training(
+                config=config,
+                settings=settings,
+                engine=engine,
+                student=student,
+                snapshot=snapshot,
+                loader=loader,
+                deal=deal,
+                evaluate=evaluate,
+                run=run,
+                device=device,
+                log=log,
+                saver=Saver(run, config, engine, snapshot, device),
+                stop=stop,
+                watchdog=watchdog,
+                left_out=SkippedData(config.run, state.get("skipped_data", [])),
+                stopping=stopping,
+            )
+            stop.listen()
+            _train(training, first_step)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                report = memory_report(objective, engine, snapshot, settings, device)
+                raise OutOfMemory(report) from error
+            if "gloo" in str(error) or isinstance(error, torch.distributed.DistError):
+                watchdog.await_verdict()
+            raise
 
 
 def compile_passes(objective: Objective, snapshot: Snapshot | None, memory_budget: float) -> None:
@@ -192,10 +196,8 @@ def _train(t: Training, step: int) -> None:
 
 
 def _keep_start(t: Training) -> None:
-    """Evaluate and keep the model that the run starts from.
-
-    Without a word to the watchdog, which is patient up to the third: the end of the first step.
-    """
+    """Evaluate and keep the model that the run starts from."""
+    t.watchdog.report("evaluating the model that the run starts from")
     verdict, result = _evaluate(t, 0)
     assert verdict.improved
     t.saver.start(0, t.left_out.ranges)
@@ -228,8 +230,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
             wanted = t.left_out.position(step - 1)
             ballot.cast(Vote(t.stop.signal is not None, t.saver.problem is not None, t.saver.busy))
             guard.begin()
-            if logs:
-                update.before()
+            update.before()
             t.watchdog.report(f"waiting for the data of step {step}")
             for _ in range((wanted - position) * t.settings.accumulation):
                 next(batches)
@@ -242,17 +243,18 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 losses, norm = train_step(engine, snapshot, batch, with_norm=logs, guard=guard, saver=t.saver)
                 del batch  # here, and not while the next one is waited for: freeing it takes milliseconds
             vote = ballot.count()
+            t.watchdog.started()
             t.log.advance()
             meter.stepped()
             if engine.was_step_applied():
                 t.left_out.applied()
                 if snapshot is not None:
                     snapshot.follow(engine.module.model, step)
-                if logs:
-                    update.after(step)
+                update.after(step)
             elif skipped(t, step, wanted, guard):
                 return roll_back(t, step)
             if logs:
+                update.verify()
                 record = meter.record(losses, norm, engine, t.loader.quarantine)
                 record["skipped_steps"] = t.left_out.total
                 if t.log.is_empty:

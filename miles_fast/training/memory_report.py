@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from miles_fast.distributed import rank
 from miles_fast.training.engine import EngineSettings
@@ -16,17 +18,39 @@ class OutOfMemory(ValueError):
     """A device's memory did not suffice; the message says what took it and which setting to lower."""
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where the error only followed from one, as at the end of a graph's capture that broke off."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
+            return True
+        error = error.__context__
+    return False
+
+
 def memory_report(
-    engine: Any, snapshot: Snapshot | None, settings: EngineSettings, device: torch.device
+    objective: nn.Module | None,
+    engine: Any,
+    snapshot: Snapshot | None,
+    settings: EngineSettings,
+    device: torch.device,
 ) -> str:
-    """A table of GiB by use, and what to change, in the order of what it costs."""
-    state = own_state(engine)
+    """A table of GiB by use, and what to change, in the order of what it costs.
+
+    What the run had not built when its memory ended is None.
+    """
+
+    def held(tensors: Iterable[Tensor | None]) -> int:
+        there = [tensor for tensor in tensors if tensor is not None and tensor.device.type == device.type]
+        return sum(tensor.numel() * tensor.element_size() for tensor in there)
+
+    weights = list(objective.parameters()) if objective is not None else []
+    state = own_state(engine) if engine is not None else {}
     rows = {
-        "weights (computing)": _bytes([p.data for p in engine.module.parameters()]),
-        "float32 weights": _bytes([t for name, t in state.items() if name.startswith("weight|")]),
-        "optimizer moments": _bytes([t for name, t in state.items() if not name.startswith("weight|")]),
-        "gradients": _bytes([p.grad for p in engine.module.parameters() if p.grad is not None]),
-        "snapshot's average": _bytes(list(snapshot.state_dict().values())) if snapshot is not None else 0,
+        "weights (computing)": held(weight.data for weight in weights),
+        "float32 weights": held(t for name, t in state.items() if name.startswith("weight|")),
+        "optimizer moments": held(t for name, t in state.items() if not name.startswith("weight|")),
+        "gradients": held(weight.grad for weight in weights),
+        "snapshot's average": held(snapshot.state_dict().values()) if snapshot is not None else 0,
     }
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
@@ -46,7 +70,3 @@ def memory_report(
     advice.append("run.activation_memory_budget, with run.compile: true (0.3, say: recomputes the rest)")
     advice.append("data.frames_per_clip, or method.view = D, which drops the masked patches")
     return f"rank {rank()} ran out of memory.\n{table}\nLower, in this order:\n  " + "\n  ".join(advice)
-
-
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from miles_fast.config import RunConfig
 from miles_fast.distributed import gather_objects, logger, rank, sum_over_ranks
-from miles_fast.training.engine_state import own_state
+from miles_fast.training.engine_state import pieces
 from miles_fast.training.objective import Losses
 
 WINDOW = 128  # losses of which the running median is taken
 FEWEST = 16  # before so many there is no median to speak of
 SAMPLED = 1 << 16  # weights of a rank that are compared before and after an update
+WATCHED = 16  # tensors of which they are taken, each of which costs a launch a step
 
 
 class NumericsError(ValueError):
@@ -140,32 +141,50 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class UpdateCheck:
-    """Compares some of a rank's float32 weights before and after an update."""
+    """Compares some of the float32 weights before and after every update that DeepSpeed reports as applied.
+
+    Of bf16 training these are the weights that the optimizer updates: a rate too small to show in bf16 is no
+    error. Compared on the device; `verify` reads what was found.
+    """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        weights = [tensor for name, tensor in own_state(engine).items() if name.startswith("weight|")]
-        total = sum(tensor.numel() for tensor in weights)
-        stride = max(1, total // SAMPLED)
-        self._watched = [tensor[::stride] for tensor in weights]
+        trained = {name for name, weight in engine.module.named_parameters() if weight.requires_grad}
+        flats = {id(p.flat): p.flat.detach().view(-1) for p in pieces(engine) if p.name in trained}
+        # ZeRO 0 has one for each parameter: some will do.
+        flat = sorted(flats.values(), key=len, reverse=True)[:WATCHED]
+        stride = max(1, sum(map(len, flat)) // SAMPLED)
+        nothing = torch.empty(0, device=flat[0].device if flat else engine.device)
+        self._watched = [*(tensor[::stride] for tensor in flat), nothing]
+        self._old = torch.cat(self._watched)
+        self._steps: list[tuple[int, float]] = []
+        self._changed: list[Tensor] = []
 
     def before(self) -> None:
-        """Remember the weights, and the rates of the update to come."""
+        """Note the rate of the update to come, which the schedule's step replaces."""
         self._rate = max(group["lr"] for group in self._engine.optimizer.param_groups)
-        self._old = torch.cat([*self._watched, self._nothing()])
 
     def after(self, step: int) -> None:
-        """Compare. Raises NumericsError on all ranks, which must call it, where an update changed nothing."""
-        new = torch.cat([*self._watched, self._nothing()])
-        changed = sum_over_ranks((new != self._old).sum().float())
-        if self._rate > 0 and not changed:
-            raise NumericsError(
-                f"step {step} changed none of the sampled weights, although DeepSpeed reports it as applied "
-                f"at a learning rate of {self._rate:.3g}: the update was lost, as in DeepSpeed's issue 8415"
-            )
+        """Compare with the weights after the last update; the host does not wait."""
+        new = torch.cat(self._watched)
+        if self._rate > 0:
+            self._steps.append((step, self._rate))
+            self._changed.append((new != self._old).any())
+        self._old = new
 
-    def _nothing(self) -> Tensor:
-        return torch.empty(0, device=self._engine.device)
+    def verify(self) -> None:
+        """Raise NumericsError on all ranks, which must call it, where one of the updates was lost."""
+        if not self._steps:
+            return
+        changed = sum_over_ranks(torch.stack(self._changed).float().to(self._engine.device)).tolist()
+        for (step, rate), ranks in zip(self._steps, changed, strict=True):
+            if not ranks:
+                raise NumericsError(
+                    f"step {step} changed none of the sampled weights, although DeepSpeed reports it as "
+                    f"applied at a learning rate of {rate:.3g}: it was lost, as in DeepSpeed's issue 8415"
+                )
+        self._steps.clear()
+        self._changed.clear()
 
 
 def warn_of_collapse(std: float, config: RunConfig) -> None:

@@ -7,6 +7,7 @@ hang.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import sys
@@ -17,13 +18,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from miles_fast.distributed import gather_objects, logger, rank, world_size
+from miles_fast.distributed import logger, rank, world_size
 from miles_fast.training.signals import HUNG
 
 _VERDICT = "verdict"
+_STARTING, _GOING, _BROKEN = "starting", "going", "broken"  # broken: its communication failed
 _GONE_SECONDS = 120.0  # a process that runs reports every few seconds
-_FIRST_STEP = 3  # reports up to the end of the first step, which starts the readers and compiles
-_START_PATIENCE = 5
+_numbers = itertools.count()  # of the watchdogs of a process; the same on all ranks
+_START_PATIENCE = 5  # times the limit: up to the end of the first step, which starts the readers and compiles
 
 
 class Watchdog:
@@ -32,7 +34,7 @@ class Watchdog:
     def __init__(self, hang_seconds: float) -> None:
         self._limit = hang_seconds
         self._interval = min(5.0, hang_seconds / 10)
-        self._progress, self._doing, self._broken = 0, "starting", False
+        self._progress, self._doing, self._state = 0, "starting", _STARTING
         self._looks = 0
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -56,6 +58,11 @@ class Watchdog:
         self._progress += 1
         self._doing = doing
 
+    def started(self) -> None:
+        """The first step is done: from now on nothing may take longer than the limit."""
+        if self._state == _STARTING:
+            self._state = _GOING
+
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
@@ -69,7 +76,7 @@ class Watchdog:
         """
         if self._store is None:
             return
-        self._broken = True
+        self._state = _BROKEN
         # Looks are counted, not seconds alone: a machine that stood still has to have looked again.
         enough, late = self._looks + 8, time.monotonic() + 40 * self._interval
         while self._looks < enough and time.monotonic() < late:
@@ -80,9 +87,9 @@ class Watchdog:
         seen: dict[str, tuple[str, float]] = {}
         while not self._closed.wait(self._interval):
             self._looks += 1
-            words = self._doing, "broken" if self._broken else "whole", _place()
+            words = str(self._looks), str(self._progress), self._state, _place(), self._doing
             try:
-                reports = self._exchange("|".join([str(self._looks), str(self._progress), *words]))
+                reports = self._exchange("|".join(words))
             except RuntimeError as error:  # torch's errors of a store are
                 if not self._closed.wait(2 * self._interval):  # at the end rank 0 may be the first to go
                     reason = str(error).splitlines()[0]
@@ -126,21 +133,22 @@ def _culprit(
         return now - seen[key][1]
 
     rows = [report.split("|", 4) for report in reports]
-    broken = any(row[3] == "broken" for row in rows)
+    states = {row[2] for row in rows}
+    broken = _BROKEN in states
     patience = 3 * interval if broken else min(limit, _GONE_SECONDS)
     silent = [n for n, row in enumerate(rows) if unchanged_for(f"beat {n}", row[0]) > patience]
     if silent:
         names = ", ".join(map(str, silent))
         return (
-            f"rank {names} gives no sign of life: its process is gone or stopped, while {rows[silent[0]][2]}"
+            f"rank {names} gives no sign of life: its process is gone or stopped, while {rows[silent[0]][4]}"
         )
     progress = [int(row[1]) for row in rows]
-    if min(progress, default=0) < _FIRST_STEP:
+    if _STARTING in states:
         limit *= _START_PATIENCE
     if not rows or unchanged_for("progress", str(progress)) <= limit:
         return None
     slow = [number for number, steps in enumerate(progress) if steps == min(progress)]
-    where = "; ".join(f"rank {n} hangs while {rows[n][2]}, at {rows[n][4]}" for n in slow[:8])
+    where = "; ".join(f"rank {n} hangs while {rows[n][4]}, at {rows[n][3]}" for n in slow[:8])
     return f"no progress for {limit:g} s (run.hang_seconds): {where}"
 
 
@@ -157,13 +165,15 @@ def _report_keys() -> list[str]:
 
 
 def _store(timeout: timedelta) -> dist.TCPStore:
+    # By the process group's own store: for a collective a rank that is gone already would be waited for.
+    shared, key = dist.distributed_c10d._get_default_store(), f"watchdog {next(_numbers)}"
     if rank() == 0:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, None, True, timeout, wait_for_workers=False)
-        for key in _report_keys():  # a rank may be gone before it reports
-            store.set(key, "0|0|starting|whole|")
-        gather_objects(store.port)
+        for report in _report_keys():  # a rank may be gone before it reports
+            store.set(report, f"0|0|{_STARTING}||starting")
+        shared.set(key, str(store.port))
         return store
-    port = gather_objects(None)[0]
+    port = int(shared.get(key))
     return dist.TCPStore(os.environ["MASTER_ADDR"], port, None, False, timeout, wait_for_workers=False)
 
 

@@ -32,9 +32,18 @@ from miles_fast.training.signals import STOPPED, Stopped  # noqa: E402
 def inject(fault: str, steps: int, note: Path):
     """A `deal` for `pretrain` that notes the keys and brings in `kind:step:rank` (kind:step-step:rank).
 
-    `die:0:rank` is before the first batch.
+    `die:0:rank` is before the first batch, `die:start:rank` and `hang:start:rank` before there is an engine.
     """
     kind, when, who = fault.split(":") if fault else ("", "0", "0")
+    if when == "start":
+        build, when = loop.build_engine, "0"
+
+        def never(*rest):
+            if rank() == int(who):
+                os.kill(os.getpid(), signal.SIGKILL) if kind == "die" else time.sleep(10**6)
+            return build(*rest)
+
+        loop.build_engine = never
     first, last = (int(part) for part in (when.split("-") * 2)[:2])
     if kind == "int":  # which a shell has its background ignore
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -54,23 +63,23 @@ def inject(fault: str, steps: int, note: Path):
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif kind == "freeze":
                     os.kill(os.getpid(), signal.SIGSTOP)
-                elif kind == "term":
-                    os.kill(os.getpid(), signal.SIGTERM)
-                elif kind == "usr1":
-                    os.kill(os.getpid(), signal.SIGUSR1)
-                elif kind == "int":
-                    os.kill(os.getpid(), signal.SIGINT)
+                elif kind in ("term", "usr1", "int"):
+                    note.with_suffix(".signalled").write_text(str(time.monotonic()))
+                    os.kill(os.getpid(), signal.Signals[f"SIG{kind.upper()}"])
             with open(note, "a") as file:
                 file.write(json.dumps({"data": step, "keys": batch.keys}) + "\n")
             yield batch
 
-    if kind == "nan-gradient":
+    if kind in ("nan-gradient", "spike"):
         check, calls = LossGuard.check, [0]
 
         def broken(self, losses, keys):
             calls[0] += 1
+            now = rank() == int(who) and first <= calls[0] <= last
+            if now and kind == "spike":
+                losses = losses._replace(total=losses.total * 100)
             loss = check(self, losses, keys)
-            return loss * float("inf") if rank() == int(who) and first <= calls[0] <= last else loss
+            return loss * float("inf") if now and kind == "nan-gradient" else loss
 
         LossGuard.check = broken
     return deal

@@ -1,10 +1,9 @@
-"""F7 under the launchers that people use: DeepSpeed's on one host, and through Slurm."""
+"""F7 under the launchers that people use: DeepSpeed's on one host, over ssh, and through Slurm."""
 
 import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from fork_server import LAUNCHERS, PATHS, ROOT
+from fork_server import LAUNCHERS, PATHS, ROOT, free_port
 from tiny import ds_tree, tiny_tree
 
 from miles_fast.training.checkpoint import find_checkpoint
@@ -22,6 +21,7 @@ from miles_fast.training.progress import read_log
 from miles_fast.training.signals import HUNG, STOPPED
 
 STEPS = 60  # some seconds: long enough to be stopped in
+GRACE_SECONDS = 60  # between the signal and the kill
 PROGRAM = "launch/pretrain.py"
 STARTED: list[subprocess.Popen] = []
 
@@ -63,10 +63,7 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
 
 
 def deepspeed(files: list[str], run: Path, *options: str) -> subprocess.Popen:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", port, PROGRAM)
+    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), PROGRAM)
     return start(*launcher, "--config", files[0], "--ds_config", files[1], f"run.folder={run}", *options)
 
 
@@ -126,8 +123,9 @@ def test_deepspeed_lets_a_stopped_run_save(files, tmp_path, finding, full, reque
     else:
         os.killpg(launched.pid, number)
     assert launched.wait(100) == code
-    assert not psutil.wait_procs(family, timeout=60)[1]
+    assert not psutil.wait_procs(family, timeout=GRACE_SECONDS)[1]
     seconds = time.monotonic() - began
+    assert seconds < GRACE_SECONDS
     assert_stopped(run)
     if full:
         assert deepspeed(files, run, "--resume", "auto").wait(280) == 0
@@ -139,10 +137,76 @@ def test_deepspeed_lets_a_stopped_run_save(files, tmp_path, finding, full, reque
 
 
 @pytest.fixture
+def over_ssh(files, tmp_path):
+    """One rank on each host of the example; ssh and pdsh are scripts that start with a new environment."""
+    write_programs(
+        tmp_path / "bin",
+        ssh=f'echo "$*" >> {tmp_path}/ssh; echo 127.0.0.1',
+        pdsh=f"""
+            echo "$*" > {tmp_path}/pdsh
+            [ -z "${{PDSH_EXIT:-}}" ] || exit "$PDSH_EXIT"
+            IFS=, read -ra hosts <<< "$5"
+            shift 5
+            node=0 status=0 started=()
+            for host in "${{hosts[@]}}"; do
+                line="$*"
+                (cd / && exec env -i HOME="$HOME" PATH=/usr/bin:/bin bash -c "${{line//%n/$node}}") &
+                started+=($!) node=$((node + 1))
+            done
+            for one in "${{started[@]}}"; do
+                wait "$one" || {{ code=$?; ((code > status)) && status=$code; }}
+            done
+            exit $status""",
+    )
+    launcher = ("deepspeed", "--hostfile", "launch/hostfile.example", "--num_gpus", "1", "--master_port")
+    options = ("--config", files[0], "--ds_config", files[1])
+
+    def submit(run: Path, **environment: str) -> subprocess.Popen:
+        path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        program = (PROGRAM, *options, f"run.folder={run}")
+        return start(*launcher, str(free_port()), *program, **{**environment, "PATH": path})
+
+    return submit
+
+
+def test_deepspeed_asks_the_hosts_of_a_hostfile_and_gives_their_code_back(over_ssh, tmp_path):
+    assert over_ssh(tmp_path / "run", PDSH_EXIT=str(STOPPED)).wait(60) == STOPPED
+    assert (tmp_path / "ssh").read_text().splitlines()[-1] == "node-0 hostname -I"
+    said = (tmp_path / "pdsh").read_text()
+    assert said.startswith("-S -f 1024 -w node-0,node-1 ") and f"cd {ROOT};" in said
+    assert "--node_rank=%n --master_addr=127.0.0.1" in said and f"{PROGRAM} --config" in said
+
+
+def test_ranks_on_the_hosts_of_a_hostfile_stop_together(over_ssh, full, tmp_path, finding):
+    if not full:
+        pytest.skip("make faults runs it")
+    run = tmp_path / "run"
+    launched = over_ssh(run)
+    await_a_step(launched, run)
+    ranks = ranks_of(launched)
+    assert sorted(rank.environ()["RANK"] for rank in ranks) == ["0", "1"]
+    began = time.monotonic()
+    ranks[1].send_signal(signal.SIGTERM)
+    assert launched.wait(100) == STOPPED
+    seconds = time.monotonic() - began
+    assert seconds < GRACE_SECONDS
+    assert_stopped(run)
+    files = {path.name for path in find_checkpoint(run, "auto").glob("rank-*")}
+    assert files == {"rank-00000.safetensors", "rank-00001.safetensors"}
+    finding("F7", f"deepspeed --hostfile, SIGTERM to one host's rank: exit {STOPPED} in {seconds:.0f} s")
+
+
+def write_programs(folder: Path, **bodies: str) -> None:
+    """Scripts by name, to go first on PATH."""
+    folder.mkdir()
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
+@pytest.fixture
 def slurm(files, tmp_path):
     """Run launch/slurm.sbatch for one node of two ranks, where Slurm's programs are scripts."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
     programs = {
         "sinfo": "true",
         "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >> {tmp_path}/scontrol; fi',
@@ -160,13 +224,11 @@ def slurm(files, tmp_path):
             done
             exit $status""",
     }
-    for name, body in programs.items():
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (folder / name).chmod(0o755)
+    write_programs(tmp_path / "bin", **programs)
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node", "SLURM_NTASKS_PER_NODE": "2"}
 
     def submit(*options: str, **environment: str) -> subprocess.Popen:
-        path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         return start("bash", "launch/slurm.sbatch", *files, *options, **{**job, **environment, "PATH": path})
 
     return submit
@@ -187,13 +249,19 @@ def test_slurm_goes_on_where_its_signal_stopped_the_run(slurm, whole_if_full, tm
     run = tmp_path / "run"
     job = slurm(f"run.folder={run}")
     await_a_step(job, run)
+    began = time.monotonic()
     for rank in ranks_of(job):  # what --signal=USR1@180 sends, and to whom
         rank.send_signal(signal.SIGUSR1)
     assert job.wait(100) == STOPPED and (tmp_path / "scontrol").is_file()
+    seconds = time.monotonic() - began
+    assert seconds < GRACE_SECONDS
     assert_stopped(run)
     assert slurm(f"run.folder={run}").wait(280) == 0
     assert_same(run, whole_if_full)
-    finding("F7", f"slurm.sbatch, SIGUSR1 to the tasks: exit {STOPPED}, requeued, gone on bit-equal")
+    finding(
+        "F7",
+        f"slurm.sbatch, SIGUSR1 to the tasks: exit {STOPPED} in {seconds:.0f} s, requeued, gone on bit-equal",
+    )
 
 
 @pytest.fixture

@@ -6,19 +6,24 @@ import logging
 import pytest
 import torch
 from tiny import ds_tree, tiny_config
+from torch import nn
 
 from miles_fast.training import loop
-from miles_fast.training.engine import check_ds_config
+from miles_fast.training.engine import build_engine, check_ds_config, init_process_group
+from miles_fast.training.engine_state import pieces
 from miles_fast.training.loop import pretrain
 from miles_fast.training.numerics import (
     FEWEST,
     LossGuard,
     NumericsError,
     SkippedData,
+    UpdateCheck,
     warn_of_collapse,
 )
 from miles_fast.training.objective import Losses
 from miles_fast.training.progress import read_log
+
+FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # as in launch/ds
 
 
 def losses(value):
@@ -46,8 +51,8 @@ def test_a_bad_step_of_one_rank_changes_nothing_on_any(
     options = ["--steps", "4", "--stage", str(stage), "--accumulation", str(accumulation)]
     options += ["--wait-for-saves", "--run-keys", '{"save_every": 1, "keep_checkpoints": 9}']
     if precision == "bf16":
-        sums = {"grad_accum_dtype": "fp32"} if stage == 1 else {}  # as in launch/ds
-        options += ["--ds-keys", json.dumps({"bf16": {"enabled": True}, "data_types": sums})]
+        sums = FLOAT32_SUMS if stage == 1 else {}
+        options += ["--ds-keys", json.dumps({"bf16": {"enabled": True}} | sums)]
     # Gradients are counted in micro steps: only the first one of step 3 is spoiled.
     when = 3 if kind == "nan-data" else 2 * accumulation + 1
     run = start(tmp_path / "run", 2, *options, "--fault", f"{kind}:{when}:1")
@@ -71,6 +76,35 @@ def test_a_bad_step_of_one_rank_changes_nothing_on_any(
     if kind == "nan-data":  # whose loss was bad is named alone
         assert [entry["rank"] for entry in blamed[0]] == [1]
     finding("F6", f"{kind} on one rank, ZeRO 0 to 3, {precision}: skipped on both, state bit-equal")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["spike", "nan-data"])
+def test_bad_steps_of_one_rank_in_a_row_take_all_ranks_back(start, tmp_path, finding, full, kind, precision):
+    if not full and (kind, precision) != ("spike", "bf16"):
+        pytest.skip("make faults runs the others")
+    bad, last = FEWEST + 2, FEWEST + 4  # a median and a checkpoint come before
+    run = {"save_every": FEWEST, "max_skipped_steps": 2}
+    if kind == "spike":
+        run |= {"spike_factor": 10.0}
+    options = ["--steps", str(last), "--wait-for-saves", "--run-keys", json.dumps(run)]
+    if precision == "bf16":
+        options += ["--ds-keys", json.dumps({"bf16": {"enabled": True}} | FLOAT32_SUMS)]
+    ranks = start(tmp_path / "run", 2, *options, "--fault", f"{kind}:{bad}-{bad + 1}:1")
+    assert ranks.wait() == [0, 0], ranks.errors
+    log = read_log(tmp_path / "run")
+    skipped = [record for record in log if "skipped" in record]
+    assert [record["step"] for record in skipped] == [bad, bad + 1]
+    assert [[entry["rank"] for entry in record["skipped"]] for record in skipped] == [[1], [1]]
+    back = next(record for record in log if "rolled_back_to" in record)
+    assert back["rolled_back_to"] == FEWEST and back["skipped_data"] == [[bad - 1, bad + 1]]
+    figures = [(r["step"], r["loss"]) for r in log if "loss" in r]
+    assert [step for step, _ in figures] == [*range(1, bad + 1), *range(FEWEST + 1, last + 1)]
+    assert figures[bad] == figures[FEWEST]  # from the same state and the same data
+    for name in ("run.keys0.jsonl", "run.keys1.jsonl"):
+        dealt = [json.loads(line)["data"] for line in (tmp_path / name).read_text().splitlines()]
+        assert dealt == [*range(1, bad + 2), *range(FEWEST + 1, last + 3)]
+    finding("F6", f"{kind} on one of two ranks, {precision}: skipped on both, after 2 in a row both go back")
 
 
 def train(root, folder, deal, **run):
@@ -146,17 +180,70 @@ def test_a_spike_is_skipped_and_does_not_raise_the_bar():
         assert bool(unwatched.total.grad.isfinite()) is (value != float("inf"))
 
 
-def test_an_update_that_changes_nothing_is_an_error(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", [1, 3])
+def test_an_update_that_changes_nothing_is_an_error_on_steps_that_are_not_logged_too(
+    root, tmp_path, monkeypatch, lost
+):
     build = loop.build_engine
 
     def lame(objective, settings):
         engine = build(objective, settings)
-        monkeypatch.setattr(engine.optimizer.optimizer, "step", lambda *_: None)
+        step = engine.optimizer.optimizer.step  # for one group of parameters after the other
+        monkeypatch.setattr(
+            engine.optimizer.optimizer, "step", lambda: None if engine.global_steps == lost - 1 else step()
+        )
         return engine
 
     monkeypatch.setattr(loop, "build_engine", lame)
-    with pytest.raises(NumericsError, match="step 1 changed none of the sampled weights.*8415"):
-        train(root, tmp_path / "run", spoiled(set(), []), steps=2)
+    with pytest.raises(NumericsError, match=f"step {lost} changed none of the sampled weights.*8415"):
+        train(root, tmp_path / "run", spoiled(set(), []), steps=6, log_every=5)
+
+
+def halves(root, rate, stage=1, **more):
+    """A net of halves under bf16, its update check, and a step of it by a loss."""
+    init_process_group()
+    tree = ds_tree(stage=stage, batch=2, bf16=True) | more
+    tree["optimizer"]["params"]["lr"] = rate
+    settings = check_ds_config(tree, "ds", tiny_config(root), cuda=False, ranks=1)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    for weight in net.parameters():
+        nn.init.constant_(weight, 0.5)
+    engine = build_engine(net, settings)
+    check = UpdateCheck(engine)
+
+    def step(number, factor=1.0):
+        check.before()
+        engine.backward(engine(torch.ones(2, 6, dtype=torch.bfloat16)).float().square().sum() * factor)
+        engine.step()
+        check.after(number)
+
+    return engine, check, step
+
+
+@pytest.mark.parametrize("stage,more", [(0, {}), (1, {}), (1, FLOAT32_SUMS), (3, {})])
+def test_a_rate_too_small_for_bf16_is_no_lost_update(root, stage, more):
+    engine, check, step = halves(root, 1e-6, stage, **more)
+    for number in (1, 2, 3):
+        step(number)
+    if stage < 3:
+        assert all((weight == 0.5).all() for weight in engine.module.parameters())
+    assert any((piece.weight != 0.5).any() for piece in pieces(engine))
+    check.verify()
+    engine, check, step = halves(root, 1e-12, stage, **more)  # too small for float32, too
+    step(1)
+    with pytest.raises(NumericsError, match="step 1 changed none"):
+        check.verify()
+
+
+@pytest.mark.parametrize("more", [{}, FLOAT32_SUMS])
+def test_a_step_that_deepspeed_skips_and_reports_as_applied_is_an_error(root, more):
+    engine, check, step = halves(root, 1e-2, **more)
+    step(1)
+    check.verify()
+    step(2, float("nan"))
+    assert engine.skipped_steps == 1 and not engine.was_step_applied()  # a version that is honest
+    with pytest.raises(NumericsError, match="step 2 changed none.*8415"):
+        check.verify()  # which is called for applied steps alone
 
 
 def test_collapse_is_warned_of(root, caplog):

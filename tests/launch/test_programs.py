@@ -22,7 +22,11 @@ from miles_fast.export.run import write_pretrained
 from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.models.storage import write_model
 from miles_fast.models.text_encoder import load_tokenizer
-from miles_fast.training.checkpoint import model_folder
+from miles_fast.training.checkpoint import find_checkpoint, model_folder
+from miles_fast.training.engine import build_engine, check_ds_config, init_process_group
+from miles_fast.training.manifest import MANIFEST
+from miles_fast.training.objective import Objective
+from miles_fast.training.saving import Saver
 
 
 def call(*command, check=True):
@@ -166,6 +170,31 @@ def test_finetuning_starts_from_a_foreign_file(experiment, elsewhere, tmp_path):
     changed = {name for name, t in before.weights.items() if not torch.equal(t, after.weights[name])}
     assert {name.rsplit(".", 1)[0] for name in changed} == {"vid_proj.0", "text_proj.1"}
     assert read_pretrained(tmp_path / "run.start").config.video == before.config.video
+
+
+def test_deepspeeds_pickles_are_loaded_with_the_flag_only(experiment, tmp_path):
+    tree = tiny_tree(experiment)
+    tree |= {"run": tree["run"] | {"folder": str(tmp_path / "run"), "steps": 2}, "method": {"view": "none"}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    config = parse_config(tree, "tiny")
+    init_process_group()
+    settings = check_ds_config(ds_tree(stage=1), "ds", config, cuda=torch.cuda.is_available(), ranks=1)
+    model = build_dual_encoder(config.model, len(load_tokenizer(experiment / "tokenizer")))
+    engine = build_engine(Objective(model, config.method, config.data.frames_per_clip), settings)
+    saver = Saver(tmp_path / "run", config, engine, None, engine.device)
+    saver.start(1, [])
+    saver.settle()
+    checkpoint = find_checkpoint(tmp_path / "run", "auto")
+    for ours in (*checkpoint.glob("rank-*"), checkpoint / MANIFEST):
+        ours.unlink()
+    engine.save_checkpoint(str(checkpoint), tag="engine", save_latest=False)
+    files = ("--ds_config", str(experiment / "ds.json"), "--config", str(tmp_path / "tiny.yaml"))
+    resume = ("launch/pretrain.py", *files, "--resume", "auto")
+    refused = call(*resume, check=False)
+    assert refused.returncode == 1 and "add --trust-checkpoint" in refused.stderr
+    assert "a pickle can run any code" in refused.stderr and "Traceback" not in refused.stderr
+    assert f"resumed from {checkpoint} at step 1" in call(*resume, "--trust-checkpoint").stderr
+    assert find_checkpoint(tmp_path / "run", "auto").name == "step-00000002"
 
 
 def grey_video():

@@ -4,6 +4,7 @@ usage: ranks.py ROOT OUTPUT BATCH_PER_RANK RUNS   (RUNS like 0,1,2x2: ZeRO stage
 """
 
 import contextlib
+import faulthandler
 import json
 import sys
 from dataclasses import replace
@@ -84,6 +85,7 @@ def run_stage(root: Path, stage: int, accumulation: int, batch: int, device: tor
     config = tiny_config(root, method={"snapshot": {"momentum": 0.9}})
     config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
     tree, steps = ds_tree(stage, batch, accumulation), 4
+    tree["zero_optimization"]["reduce_bucket_size"] = 10**6  # DeepSpeed's default takes GiBs a run
     settings = check_ds_config(tree, "ds", config, cuda=device.type == "cuda", ranks=world_size())
     torch.manual_seed(0)
     tokenizer = load_tokenizer(config.model.text.tokenizer_source)
@@ -133,6 +135,7 @@ def run_stage(root: Path, stage: int, accumulation: int, batch: int, device: tor
 
 def main() -> None:
     root, output, batch, runs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(",")
+    faulthandler.dump_traceback_later(250)  # the test waits 280 s: for whoever asks where a rank was
     device = init_process_group()
     torch.backends.cudnn.allow_tf32 = False  # the patches' convolution, which is to be as exact as the rest
     results: dict = {

@@ -8,6 +8,7 @@ import pytest
 from fork_server import CPU, Ranks
 from tiny import write_data
 
+pytestmark = pytest.mark.timeout(700)  # the fixture starts three programs, which import and compile on a GPU
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
@@ -24,10 +25,25 @@ def results(tmp_path_factory, request):
         output.mkdir()
         command = (str(SCRIPT), str(root), str(output), str(batch), runs)
         run = Ranks(ranks, *command, env=CPU if request.param == "cpu" else {})
-        assert run.wait(280) == [0] * ranks, run.errors
+        run.finish(280)
         found[ranks] = [json.loads((output / f"rank{r}.json").read_text()) for r in range(ranks)]
         assert {result["device"] for result in found[ranks]} == {request.param}
     return found
+
+
+def test_what_a_failed_rank_said_last_is_shown(tmp_path):
+    """And that the other one, which would wait for ever, was not waited for."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "print('noise\\n' * 999, file=sys.stderr)\n"
+        "time.sleep(99) if os.environ['RANK'] == '0' else sys.exit('error: why')\n"
+    )
+    with pytest.raises(AssertionError) as failed:
+        Ranks(2, str(script), env=CPU).finish(60)
+    hangs, says = str(failed.value).split("rank 1 ended with 1:\n")
+    assert hangs.startswith("rank 0 did not end:") and says.endswith("noise\n\nerror: why")
+    assert len(str(failed.value).splitlines()) < 50
 
 
 def test_the_contrast_of_two_ranks_has_the_gradient_of_one_on_the_joined_batch(results):

@@ -3,8 +3,8 @@
 from miles_fast.training.watchdog import _culprit
 
 
-def report(beat, progress, doing="computing step 9", state="whole"):
-    return f"{beat}|{progress}|{doing}|{state}|loop.py:1 in f"
+def report(beat, progress, doing="computing step 9", state="going"):
+    return f"{beat}|{progress}|{state}|loop.py:1 in f|{doing}"
 
 
 def verdict(*rounds, limit=10.0, interval=1.0):
@@ -35,10 +35,21 @@ def test_any_progress_is_progress():
     assert verdict(*rounds) is None
 
 
-def test_the_first_step_may_take_longer():
-    start = [report(1, 2), report(1, 2)]
-    assert verdict((0, start), (49, [report(2, 2), report(2, 2)])) is None
-    assert "rank 0 hangs" in verdict((0, start), (51, [report(2, 2), report(2, 2)]))
+def test_the_start_and_the_first_step_may_take_longer():
+    def start(beat):
+        return [
+            report(beat, 4, state="starting"),
+            report(beat, 3, "restoring a|b", state="starting"),
+            report(beat, 4, state="starting"),
+        ]
+
+    assert verdict((0, start(1)), (49, start(2))) is None
+    found = verdict((0, start(1)), (51, start(2)))
+    assert found.endswith("rank 1 hangs while restoring a|b, at loop.py:1 in f")
+    assert (
+        verdict((0, start(1)), (51, [report(2, 5), *start(2)[1:]]), (101, [report(3, 5), *start(3)[1:]]))
+        is None
+    )
 
 
 def test_a_silent_rank_is_gone_sooner_once_communication_broke():
