@@ -41,8 +41,8 @@ _LAYERNORM_EPS = 1e-6
 
 # D rounded up to a power of two -> (rows per program, warps per program).
 # A row in one warp is reduced by shuffles alone, and both rows of 768 numbers take 48 registers a thread in
-# float32. At 1024 on an H100, nothing that `python benchmarks/micro.py --op feature_regression --sweep --first`
-# tries is 2 % faster (benchmarks/results/h100-sweep.json); narrower rows were not swept.
+# float32. At 1024 on an H100, `benchmarks/micro.py --op feature_regression --sweep --first` finds nothing 2 %
+# faster (benchmarks/results/h100-sweep.json); narrower rows were not swept.
 LAUNCH_FORWARD = {1024: (1, 1), 512: (2, 1), 256: (4, 1), 128: (8, 1)}
 LAUNCH_BACKWARD = {1024: (2, 4), 512: (4, 4), 256: (8, 4), 128: (16, 4)}
 

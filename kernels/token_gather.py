@@ -23,8 +23,8 @@ from miles_fast.kernels.token_index import check_token_index, invert_token_index
 
 # D rounded up to a power of two -> (rows per program, warps per program).
 # Four warps hold one 1536-byte row in one 16-byte access a thread, so four rows put four independent loads in
-# flight. At 1024 on an H100, nothing that `python benchmarks/micro.py --op token_gather --sweep --first` tries
-# is 1 % faster (benchmarks/results/h100-sweep.json); narrower rows were not swept.
+# flight. At 1024 on an H100, `benchmarks/micro.py --op token_gather --sweep --first` finds nothing 1 %
+# faster (benchmarks/results/h100-sweep.json); narrower rows were not swept.
 LAUNCH_FORWARD = {1024: (4, 4), 512: (8, 4), 256: (16, 4), 128: (32, 4)}
 LAUNCH_BACKWARD = {1024: (4, 4), 512: (8, 4), 256: (16, 4), 128: (32, 4)}
 
