@@ -53,14 +53,16 @@ def roofline(micro: dict[str, Any], levels: Sequence[tuple[str, float]] = ()) ->
     for power in range(low_x, high_x + 1):
         x, y = place(10.0**power, 10.0**low_y)
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{_TOP}" y2="{y}"/>')
-        parts.append(f'<text x="{x}" y="{y + 15}" text-anchor="middle">{10.0**power:g}</text>')
+        anchor = "end" if power == high_x else "middle"
+        parts.append(f'<text x="{x}" y="{y + 15}" text-anchor="{anchor}">{10.0**power:g}</text>')
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">FLOPs a byte</text>')
     line = " ".join(f"{x},{y}" for x, y in (place(x, roof(x)) for x in corners))
     parts.append(f'<polyline class="line s3" points="{line}"/>')
-    for name, height in levels:
+    for number, (name, height) in enumerate(levels):
         x, y = place(corners[0], height)
         parts.append(f'<line class="line s2" x1="{x}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{x + 6}" y="{y - 4}">{html.escape(name)}</text>')
+        beside = x + 6 + 200 * number  # levels may lie upon each other
+        parts.append(f'<text x="{beside}" y="{y - 4}">{html.escape(name)}</text>')
     unnamed = {name.split()[0] for name in points}
     for name, point in points.items():
         x, y = place(*point)
