@@ -83,26 +83,10 @@ def pretrain(
             torch.manual_seed(config.run.seed)
             watchdog.report("building the model")
             tokenizer = load_tokenizer(config.model.text.tokenizer_source)
-            objective = Objective(
-                build_dual_encoder(config.model, len(tokenizer)), config.method, config.data.frames_per_clip
+            objective, snapshot = _build_model(
+                config, settings, len(tokenizer), device, initialize=checkpoint is None
             )
-            if config.run.init_from and not checkpoint:
-                _initialize(objective, config.run.init_from)
-            _freeze(objective.model, config.run.freeze, settings.stage)
-            if config.run.precision == "fp8":
-                use_fp8(objective, device)
             student = WholeStudent(objective.model, settings.stage if evaluate else 0)
-            if config.method.view != "none":
-                snapshot = Snapshot(
-                    objective.model,
-                    config.method.snapshot,
-                    config.method.regression,
-                    total_steps=config.run.steps,
-                    dtype=settings.dtype,
-                    device=device,
-                )
-            if config.run.compile:
-                compile_passes(objective, snapshot, config.run.activation_memory_budget)
             watchdog.report("building the engine")
             engine = build_engine(objective, settings)
             torch.manual_seed(config.run.seed + 1 + rank())
@@ -111,32 +95,19 @@ def pretrain(
                 restore_checkpoint(checkpoint, state, engine, snapshot, trust=trust_checkpoint)
                 logger.info("resumed from %s at step %d", checkpoint, first_step)
             watchdog.report("opening the data")
-            listed = run / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank{rank()}.jsonl")
-            quarantine = Quarantine(listed, config.data.max_bad_share)
-            share = Share(
-                batch=settings.batch, accumulation=settings.accumulation, rank=rank(), ranks=world_size()
-            )
-            loader = Loader(
-                config.data,
-                image_size=config.model.video.image_size,
-                tokenizer=tokenizer,
-                share=share,
-                seed=config.run.seed,
-                device=device,
-                quarantine=quarantine,
-                draw_masks=partial(draw_step_masks, config, settings.batch, rank()) if snapshot else None,
-            )
+            loader = _open_loader(config, settings, tokenizer, run, device)
             if config.run.cuda_graphs:
                 if device.type == "cuda":
                     watchdog.report("capturing CUDA graphs")
                     capture_passes(objective, snapshot, sample_inputs(config, settings.batch, device))
                 else:
                     note_once("run.cuda_graphs: without a GPU the passes run one operator at a time")
-            if state.get("clips_per_step", share.global_batch) != share.global_batch:
+            clips = loader.share.global_batch
+            if state.get("clips_per_step", clips) != clips:
                 logger.warning(
                     "%s took %d clips a step, this run takes %d: the order of the data goes on at step %d of "
                     "the new size. Change gradient_accumulation_steps with the number of ranks to keep it",
-                    *(checkpoint, state["clips_per_step"], share.global_batch, first_step),
+                    *(checkpoint, state["clips_per_step"], clips, first_step),
                 )
             log = stack.enter_context(contextlib.closing(StepLog(run, first_step, config.run.steps)))
             stop = stack.enter_context(contextlib.closing(StopRequest()))
@@ -171,6 +142,51 @@ def pretrain(
             if "gloo" in str(error) or isinstance(error, torch.distributed.DistError):
                 watchdog.await_verdict()
             raise
+
+
+def _build_model(
+    config: Config, settings: EngineSettings, vocabulary_size: int, device: torch.device, *, initialize: bool
+) -> tuple[Objective, Snapshot | None]:
+    objective = Objective(
+        build_dual_encoder(config.model, vocabulary_size), config.method, config.data.frames_per_clip
+    )
+    if config.run.init_from and initialize:
+        _initialize(objective, config.run.init_from)
+    _freeze(objective.model, config.run.freeze, settings.stage)
+    if config.run.precision == "fp8":
+        use_fp8(objective, device)
+    snapshot = None
+    if config.method.view != "none":
+        snapshot = Snapshot(
+            objective.model,
+            config.method.snapshot,
+            config.method.regression,
+            total_steps=config.run.steps,
+            dtype=settings.dtype,
+            device=device,
+        )
+    if config.run.compile:
+        compile_passes(objective, snapshot, config.run.activation_memory_budget)
+    return objective, snapshot
+
+
+def _open_loader(
+    config: Config, settings: EngineSettings, tokenizer: Any, run: Path, device: torch.device
+) -> Loader:
+    listed = run / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank{rank()}.jsonl")
+    masked = config.method.view != "none"
+    return Loader(
+        config.data,
+        image_size=config.model.video.image_size,
+        tokenizer=tokenizer,
+        share=Share(
+            batch=settings.batch, accumulation=settings.accumulation, rank=rank(), ranks=world_size()
+        ),
+        seed=config.run.seed,
+        device=device,
+        quarantine=Quarantine(listed, config.data.max_bad_share),
+        draw_masks=partial(draw_step_masks, config, settings.batch, rank()) if masked else None,
+    )
 
 
 def compile_passes(objective: Objective, snapshot: Snapshot | None, memory_budget: float) -> None:
