@@ -209,10 +209,8 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, d_out, _):
     x, weight_DK, hidden = ctx.saved_tensors
     d_hidden, d_bias_D, _ = gelu_backward(d_out, hidden)
-    of_x, of_weight, *_ = ctx.needs_input_grad
-    d_x = d_hidden @ weight_DK if of_x else None
-    d_weight_DK = d_hidden.flatten(0, -2).T @ x.flatten(0, -2) if of_weight else None
-    return d_x, d_weight_DK, d_bias_D.to(ctx.bias_dtype), None
+    d_weight_DK = d_hidden.flatten(0, -2).T @ x.flatten(0, -2)
+    return d_hidden @ weight_DK, d_weight_DK, d_bias_D.to(ctx.bias_dtype), None
 
 
 _linear_gelu.register_autograd(_backward, setup_context=_save_for_backward)
