@@ -46,7 +46,10 @@ def memory_mib() -> tuple[float, ...]:
 
 
 def resident_mib() -> float:
-    """Memory that this process and its reading processes hold in RAM, shared pages counted once."""
+    """Memory of their own that this process and its reading processes hold in RAM, shared pages counted once.
+
+    Not that of files: their part of a library falls and rises with whatever else on the machine maps it.
+    """
     total = 0
     children = Path("/proc/self/task").glob("*/children")
     pids = ["self", *(pid for path in children for pid in path.read_text().split())]
@@ -55,7 +58,7 @@ def resident_mib() -> float:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue  # it has just ended
-        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total / 1024
 
 
