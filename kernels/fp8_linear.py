@@ -27,6 +27,22 @@ def quantized_rows(rows_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows_MK.float() / scale_M1).to(torch.float8_e4m3fn).contiguous(), scale_M1
 
 
+def rounded_product(
+    x8: torch.Tensor,
+    scale_x: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """e4m3 (..., K) and the scale of each row (..., 1) by a weight not yet rounded: (..., N) of `dtype`.
+
+    A float32 product of the numbers that the 8 bits stand for: the definition.
+    """
+    w8, scale_w = quantized_rows(weight_NK)
+    out = F.linear(x8.float() * scale_x, w8.float() * scale_w)
+    return (out if bias_N is None else out + bias_N).to(dtype)
+
+
 def scaled_product(
     x8: torch.Tensor,
     scale_x: torch.Tensor,
@@ -34,25 +50,19 @@ def scaled_product(
     bias_N: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(M, K) of e4m3 and the scale of each row (M, 1) by a weight not yet rounded: (M, N) of `dtype`.
-
-    torch._scaled_mm on a GPU; elsewhere a float32 product of the numbers that the 8 bits stand for.
-    """
+    """`rounded_product` of a matrix (M, K); on a GPU torch._scaled_mm."""
+    if not x8.is_cuda:
+        return rounded_product(x8, scale_x, weight_NK, bias_N, dtype)
     w8, scale_w = quantized_rows(weight_NK)
-    if x8.is_cuda:
-        scales = scale_x, scale_w.t()
-        return torch._scaled_mm(x8, w8.t(), *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=True)
-    out = F.linear(x8.float() * scale_x, w8.float() * scale_w)
-    return (out if bias_N is None else out + bias_N).to(dtype)
+    scales = scale_x, scale_w.t()
+    return torch._scaled_mm(x8, w8.t(), *scales, bias=bias_N, out_dtype=dtype, use_fast_accum=True)
 
 
 def fp8_linear_reference(
     x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The layer's output (..., N), by a float32 product of the numbers that the 8 bits stand for."""
-    (x8, scale_x), (w8, scale_w) = quantized_rows(x), quantized_rows(weight_NK)
-    out = F.linear(x8.float() * scale_x, w8.float() * scale_w)
-    return (out if bias_N is None else out + bias_N).to(x.dtype)
+    return rounded_product(*quantized_rows(x), weight_NK, bias_N, x.dtype)
 
 
 def check_halves(x: torch.Tensor, weight: torch.Tensor) -> None:

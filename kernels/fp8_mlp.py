@@ -31,6 +31,7 @@ from miles_fast.kernels.fp8_linear import (
     check_halves,
     fp8_linear_reference,
     quantized_rows,
+    rounded_product,
     scaled_product,
 )
 from miles_fast.kernels.linear_gelu import scaled_linear_gelu, takes_scaled
@@ -55,8 +56,8 @@ def fp8_mlp_reference(
     """The layers' output (..., K), by float32 products of the numbers that the 8 bits stand for."""
     active = F.gelu(fp8_linear_reference(x, first_DK, first_bias_D))
     scale = hidden_scales(x, first_DK, first_bias_D)
-    active8, (w8, scale_w) = (active.float() / scale).to(torch.float8_e4m3fn), quantized_rows(second_KD)
-    return (F.linear(active8.float() * scale, w8.float() * scale_w) + second_bias_K).to(x.dtype)
+    active8 = (active.float() / scale).to(torch.float8_e4m3fn)
+    return rounded_product(active8, scale, second_KD, second_bias_K, x.dtype)
 
 
 class _Fp8Mlp(torch.autograd.Function):
