@@ -16,6 +16,7 @@ from miles_fast.kernels import (
     cases,
     feature_regression,
     linear_gelu,
+    residual_norm,
     space_attention,
     temporal_attention,
     token_gather,
@@ -108,6 +109,23 @@ _GELU_BACKWARD = _listed(
     (32, 16, 256, 8),
     (64, 8, 64, 4),
 )
+# (rows a step, programs per multiprocessor, warps, stages)
+_RESIDUAL_NORM = _listed(
+    (2, 3, 4, 4),
+    (2, 3, 4, 3),
+    (2, 4, 4, 3),
+    (2, 2, 4, 4),
+    (2, 2, 4, 3),
+    (2, 6, 4, 3),
+    (2, 12, 4, 3),
+    (2, 3, 2, 3),
+    (1, 6, 2, 3),
+    (1, 12, 2, 3),
+    (1, 4, 4, 4),
+    (4, 3, 4, 3),
+    (4, 3, 8, 3),
+    (4, 2, 8, 4),
+)
 # (rows, columns and depth of a tile, slices, warps, stages)
 _LINEAR_GELU = _listed(
     (128, 256, 64, 2, 8, 4),
@@ -175,6 +193,16 @@ CONTESTS = {
         tables=(LaunchTable(name="forward", entries=linear_gelu.LAUNCH_FORWARD, candidates=_LINEAR_GELU),),
         key=_block_width,
         flops=lambda case: 2 * case.M * case.K * case.D,
+    ),
+    "residual_norm": Contest(
+        op=residual_norm.residual_norm,
+        reference=residual_norm.residual_norm_reference,
+        rivals=_eager_and_compiled(residual_norm.residual_norm_reference),
+        trainer_cases=cases.RESIDUAL_NORM_TRAINER,
+        tables=(
+            LaunchTable(name="backward", entries=residual_norm.LAUNCH_BACKWARD, candidates=_RESIDUAL_NORM),
+        ),
+        key=_block_width,
     ),
     "feature_regression": Contest(
         op=feature_regression.feature_regression,

@@ -42,7 +42,7 @@ class Variant:
 
 
 # linear_gelu decides for biased_gelu too.
-PLAIN_OPS = ("token_gather", "feature_regression", "linear_gelu", "fp8_mlp")
+PLAIN_OPS = ("token_gather", "feature_regression", "linear_gelu", "fp8_mlp", "residual_norm")
 _EAGER = (
     "run.compile=false",
     "run.cuda_graphs=false",
@@ -69,6 +69,7 @@ ABLATIONS = (
     Variant(name="SDPA for the attention ops", overrides=("model.attention=sdpa",)),
     Variant(name="token gather in plain torch", plain_ops=("token_gather",)),
     Variant(name="feature regression in plain torch", plain_ops=("feature_regression",)),
+    Variant(name="LayerNorm's gradient in plain torch", plain_ops=("residual_norm",)),
     Variant(name="GELU in plain torch, behind its product", plain_ops=("linear_gelu", "fp8_mlp")),
     Variant(name="unfused AdamW", ds={"optimizer": {"params": {"fused": False}}}),
     Variant(name="gradients summed in DeepSpeed's default dtype", ds={"data_types": {}}),

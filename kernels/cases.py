@@ -308,6 +308,62 @@ class LinearGeluCase:
         return op(*inputs.constants[:place], inputs.leaf, *inputs.constants[place:])
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResidualNormCase:
+    """M rows of D; the leaf is one of the op's tensors. The output is the LayerNorm, or with `total` that and
+    the total below it."""
+
+    M: int
+    D: int
+    dtype: torch.dtype
+    leaf: str = "x"
+    total: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.M}x{self.D}-{_short(self.dtype)}-{self.leaf}{'-total' if self.total else ''}"
+
+    @property
+    def forward_bytes(self) -> int:
+        return (3 + self.total) * self.M * self.D * self.dtype.itemsize
+
+    @property
+    def backward_bytes(self) -> int:
+        return (3 + self.total) * self.M * self.D * self.dtype.itemsize
+
+    def inputs(self, device: str) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"x": (self.M, self.D), "branch": (self.M, self.D), "weight": (self.D,), "bias": (self.D,)}
+        shapes |= {"branch_bias": (self.D,), "later_bias": (self.D,)}
+        drawn = {
+            name: torch.randn(shape, generator=generator).to(device, self.dtype)
+            for name, shape in shapes.items()
+        }
+        d_output = torch.randn((1 + self.total) * self.M, self.D, generator=generator)
+        leaf = drawn.pop(self.leaf).requires_grad_()
+        return Inputs(leaf=leaf, constants=tuple(drawn.values()), d_output=d_output.to(device, self.dtype))
+
+    def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
+        names = ("x", "branch", "weight", "bias", "branch_bias", "later_bias")
+        place = names.index(self.leaf)
+        out, total = op(*inputs.constants[:place], inputs.leaf, *inputs.constants[place:])
+        return torch.cat([out, total]) if self.total else out
+
+
+RESIDUAL_NORM_TRAINER = (
+    ResidualNormCase(M=128 * 785, D=768, dtype=_HALF),
+    ResidualNormCase(M=128 * 785, D=768, dtype=_HALF, leaf="weight"),
+)
+RESIDUAL_NORM_SMALL = tuple(
+    ResidualNormCase(M=M, D=D, dtype=dtype, leaf=leaf, total=total)
+    for M, D, dtype in ((130, 40, _FULL), (70, 96, _HALF), (5, 7, torch.float16), (1, 9, _FULL))
+    for leaf, total in (
+        *((leaf, False) for leaf in ("x", "branch", "weight", "bias", "branch_bias")),
+        *((leaf, True) for leaf in ("x", "weight", "branch_bias", "later_bias")),
+    )
+)
+
+
 LINEAR_GELU_TRAINER = tuple(
     LinearGeluCase(M=128 * 785, K=768, D=3072, dtype=_HALF, leaf=leaf) for leaf in ("x", "weight", "bias")
 )

@@ -15,6 +15,7 @@ from miles_fast.config import VideoEncoderConfig
 from miles_fast.kernels.fp8_linear import fp8_linear
 from miles_fast.kernels.fp8_mlp import fp8_mlp
 from miles_fast.kernels.linear_gelu import linear_gelu
+from miles_fast.kernels.residual_norm import residual_norm, takes_biases
 from miles_fast.kernels.token_gather import token_gather
 from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
 from miles_fast.models.compilation import compile_each, inductor_within
@@ -29,7 +30,15 @@ class DividedAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, num_frames: int, rows_BM: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BND: Tensor,
+        num_frames: int,
+        rows_BM: Tensor | None = None,
+        *,
+        bias_gets_gradient: bool = True,
+    ) -> Tensor:
+        """`bias_gets_gradient`: proj's, from here; else the `residual_norm` behind gives it."""
         bias = self.qkv.bias if takes_bias(x_BND, self.backend) else None
         if self.fp8 or bias is not None:
             linear = fp8_linear if self.fp8 else F.linear
@@ -38,7 +47,9 @@ class DividedAttention(nn.Module):
             qkv_BND = self.qkv(x_BND)
         qkv_BN3HS = qkv_BND.unflatten(-1, (3, self.heads, -1))
         attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend, bias)
-        return self.proj(attended_BND if rows_BM is None else token_gather(attended_BND, rows_BM))
+        if rows_BM is not None:
+            attended_BND = token_gather(attended_BND, rows_BM)
+        return _linear(self.proj, attended_BND, bias_gets_gradient)
 
 
 class Mlp(nn.Module):
@@ -50,10 +61,16 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.fp8 = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, bias_gets_gradient: bool = True) -> Tensor:
+        """`bias_gets_gradient`: fc2's, as in `DividedAttention.forward`."""
         if self.fp8:
-            return fp8_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+            bias = self.fc2.bias if bias_gets_gradient else self.fc2.bias.detach()
+            return fp8_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias)
+        return _linear(self.fc2, linear_gelu(x, self.fc1.weight, self.fc1.bias), bias_gets_gradient)
+
+
+def _linear(layer: nn.Linear, x: Tensor, bias_gets_gradient: bool) -> Tensor:
+    return layer(x) if bias_gets_gradient else F.linear(x, layer.weight, layer.bias.detach())
 
 
 class Block(nn.Module):
@@ -71,10 +88,22 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor, num_frames: int, rows_BM: Tensor | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or only the rows `rows_BM` of it: behind attention no row needs another."""
-        time = x_BND + self.timeattn(self.norm3(x_BND), num_frames)
-        attended = self.attn(self.norm1(time), num_frames, rows_BM)
-        space = (x_BND if rows_BM is None else token_gather(x_BND, rows_BM)) + attended
-        return space + self.mlp(self.norm2(space))
+        own = not takes_biases(x_BND)
+        attended = self.timeattn(self.norm3(x_BND), num_frames, bias_gets_gradient=own)
+        bias = None if own else self.timeattn.proj.bias
+        time, _ = _add_and_normalize(x_BND, attended, self.norm1, bias, with_total=False)
+        attended = self.attn(time, num_frames, rows_BM, bias_gets_gradient=own)
+        if rows_BM is not None:
+            x_BND = token_gather(x_BND, rows_BM)
+        biases = () if own else (self.attn.proj.bias, self.mlp.fc2.bias)
+        normed, space = _add_and_normalize(x_BND, attended, self.norm2, *biases)
+        return space + self.mlp(normed, bias_gets_gradient=own)
+
+
+def _add_and_normalize(
+    x: Tensor, branch: Tensor, norm: nn.LayerNorm, *biases: Tensor | None, with_total: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    return residual_norm(x, branch, norm.weight, norm.bias, *biases, eps=norm.eps, with_total=with_total)
 
 
 class PatchEmbedding(nn.Module):

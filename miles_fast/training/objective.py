@@ -71,9 +71,15 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What needs no other rank: texts and videos (B, E), and regression, cosine and std as in Losses."""
         text_BE = self.model.embed_text(token_ids_BL, attention_BL)
+        return text_BE, *self.encode_videos(video_BTCHW, masked_BM, target_BMD)
+
+    def encode_videos(
+        self, video_BTCHW: Tensor, masked_BM: Tensor | None = None, target_BMD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The part of `encode` that takes no texts: all but the first."""
         if self.method.view == "none":
-            zero = text_BE.new_zeros((), dtype=torch.float32)
-            return text_BE, self.model.embed_video(video_BTCHW), zero, zero, zero
+            zero = torch.zeros((), device=video_BTCHW.device)
+            return self.model.embed_video(video_BTCHW), zero, zero, zero
         assert masked_BM is not None and target_BMD is not None
         if self.method.view == "D":
             cls_BD, features_BMD = self._encode_visible(video_BTCHW, masked_BM)
@@ -85,7 +91,7 @@ class Objective(nn.Module):
         regression = feature_regression(
             features_BMD, target_BMD, normalization=self.method.regression.normalization
         )
-        return text_BE, self.model.vid_proj(cls_BD), regression, *self.statistics(features_BMD, target_BMD)
+        return self.model.vid_proj(cls_BD), regression, *self.statistics(features_BMD, target_BMD)
 
     @staticmethod
     @torch.no_grad()

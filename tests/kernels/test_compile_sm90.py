@@ -21,6 +21,7 @@ from miles_fast.kernels import (  # noqa: E402
     cls_row,
     feature_regression,
     linear_gelu,
+    residual_norm,
     space_attention,
     space_attention_kernels,
     temporal_attention,
@@ -150,6 +151,27 @@ def _compilations():
                 constants={"AGAIN": again, "ROWS": rows, "STEPS": steps, "COLUMNS": columns},
                 num_warps=num_warps,
                 max_registers=128,
+            ),
+        )
+    rows, _, num_warps, stages = residual_norm.LAUNCH_BACKWARD[BLOCK_WIDTH]
+    for with_total in (False, True):
+        halves = ["d_out_ptr", "total_ptr", "weight_ptr", "d_x_ptr", *(["d_total_ptr"] if with_total else [])]
+        yield (
+            f"differentiate_norm{'_and_total' if with_total else ''}",
+            Compilation(
+                kernel=residual_norm._differentiate_norm_kernel,
+                pointers={
+                    **dict.fromkeys(halves, "*bf16"),
+                    **dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
+                },
+                constants={
+                    "ROWS": rows,
+                    "STAGES": stages,
+                    "BLOCK_D": BLOCK_WIDTH,
+                    **({} if with_total else {"d_total_ptr": None}),
+                },
+                num_warps=num_warps,
+                max_registers=200,
             ),
         )
     yield from _linear_gelu_compilations()
@@ -345,6 +367,7 @@ def test_every_kernel_is_compiled():
             token_index,
             biased_gelu,
             linear_gelu,
+            residual_norm,
             feature_regression,
             temporal_attention,
             space_attention,
