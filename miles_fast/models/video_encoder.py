@@ -226,13 +226,13 @@ class SpaceTimeTransformer(nn.Module):
         return torch.cat([cls_1D.expand(batch, 1, width), tokens_BND], dim=1)
 
     def compile_layers(self, memory_budget: float = 1.0) -> None:
-        """Have the embedding and the layers compiled when they first run, anew for each shape.
+        """Have the embedding, the layers and the last norm compiled when they first run, anew for each shape.
 
         A layer at a time: all share one compilation. The whole tower takes four times as long to compile.
         What `memory_budget` means: RunConfig.activation_memory_budget.
         """
         self.embed = torch.compile(self.embed, dynamic=False, backend=inductor_within(memory_budget))
-        compile_each(self.blocks, memory_budget)
+        compile_each([*self.blocks, self.norm], memory_budget)
 
     def temporal_table(self, num_frames: int) -> Tensor:
         """Rows of `temporal_embed` for a clip, (T, D): the first T, or interpolated linearly beyond them."""

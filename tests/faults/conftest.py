@@ -38,9 +38,9 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(root):
-    """Start a tiny run: `start(folder, ranks, '--steps', '4', ...)`."""
+    """Start a tiny run: `start(folder, ranks, '--steps', '4', ...)`, on CPUs but for `env={}`."""
 
-    def run(folder: Path, ranks: int, *arguments: str) -> Ranks:
-        return Ranks(ranks, str(SCRIPT), str(root), str(folder), *arguments, env=CPU)
+    def run(folder: Path, ranks: int, *arguments: str, env: dict[str, str] = CPU) -> Ranks:
+        return Ranks(ranks, str(SCRIPT), str(root), str(folder), *arguments, env=env)
 
     return run

@@ -108,7 +108,7 @@ def main() -> None:
     config = tiny_config(options.root, run=run, method={"snapshot": {"momentum": 0.9}})
     config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
     tree = ds_tree(options.stage, options.joined // ranks, options.accumulation) | options.ds_keys
-    settings = check_ds_config(tree, "ds", config, cuda=False, ranks=ranks)
+    settings = check_ds_config(tree, "ds", config, cuda=torch.cuda.is_available(), ranks=ranks)
     # A reading process draws them, and knows `tiny` but not this program.
     loop.partial = lambda _, *rest: partial(joined_masks, *rest, world_size())
     if options.wait_for_saves:

@@ -3,9 +3,11 @@
 import json
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
+from fork_server import CPU
 from tiny import ds_tree, tiny_config
 
 from miles_fast.training import checkpoint, loop
@@ -19,6 +21,7 @@ from miles_fast.training.signals import HUNG, STOPPED, exit_with_status
 DEEP = {"video": {"image_size": 128, "patch_size": 8, "width": 192, "depth": 8, "heads": 6, "num_frames": 2}}
 GRACE_SECONDS = 60  # what Slurm and others give a job between the signal and the kill
 HANG = ("--run-keys", '{"hang_seconds": 12}')
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.multigpu]
 
 
 def figures(run):
@@ -26,12 +29,16 @@ def figures(run):
     return [[record[name] for name in names] for record in read_log(run) if "loss" in record]
 
 
-@pytest.mark.parametrize("kind,ranks", [("term", 2), ("usr1", 1), ("int", 1)])
+@pytest.mark.parametrize(
+    "kind,ranks,env",
+    [("term", 2, CPU), ("usr1", 1, CPU), ("int", 1, CPU), pytest.param("term", 2, {}, marks=TWO_GPUS)],
+)
 def test_a_signal_ends_with_a_checkpoint_and_the_resume_is_bit_exact(
-    start, tmp_path, finding, full, kind, ranks
+    start, tmp_path, finding, full, kind, ranks, env
 ):
     if not full and kind != "term":
         pytest.skip("make faults runs SIGUSR1 and SIGINT too")
+    start = partial(start, env=env)
     whole = start(tmp_path / "whole", ranks, "--steps", "5")
     assert whole.wait() == [0] * ranks, whole.errors
     # Only the last rank is told; all stop after the same step.
@@ -61,24 +68,25 @@ def test_the_signal_of_ctrl_c_ends_with_a_checkpoint_and_a_second_one_at_once(st
     assert not any("Traceback" in said for said in once.errors + twice.errors)
 
 
-@pytest.mark.parametrize(
-    "kind,step,rank,said",
-    [
-        ("hang", 3, 1, "rank 1 hangs while waiting for the data of step 3, at ranks.py"),
-        ("hang", "start", 1, "rank 1 hangs while building the engine, at ranks.py"),
-        ("die", "start", 1, "rank 1 gives no sign of life: its process is gone"),
-        ("die", "start", 0, "rank 0 gives no sign of life: its process is gone"),
-        ("die", 0, 1, "rank 1 gives no sign of life: its process is gone"),
-        ("die", 3, 1, "rank 1 gives no sign of life: its process is gone"),
-        ("die", 3, 0, "rank 0 gives no sign of life: its process is gone"),
-        ("freeze", 3, 1, "rank 1 gives no sign of life: its process is gone or stopped"),
-        ("freeze", 3, 0, "rank 0 gives no sign of life for 16 s: its process is gone or stopped"),
-    ],
-)
-def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, kind, step, rank, said):
+HANGS = [
+    ("hang", 3, 1, "rank 1 hangs while waiting for the data of step 3, at ranks.py"),
+    ("hang", "start", 1, "rank 1 hangs while building the engine, at ranks.py"),
+    ("die", "start", 1, "rank 1 gives no sign of life: its process is gone"),
+    ("die", "start", 0, "rank 0 gives no sign of life: its process is gone"),
+    ("die", 0, 1, "rank 1 gives no sign of life: its process is gone"),
+    ("die", 3, 1, "rank 1 gives no sign of life: its process is gone"),
+    ("die", 3, 0, "rank 0 gives no sign of life: its process is gone"),
+    ("freeze", 3, 1, "rank 1 gives no sign of life: its process is gone or stopped"),
+    ("freeze", 3, 0, "rank 0 gives no sign of life for 16 s: its process is gone or stopped"),
+]
+
+
+@pytest.mark.parametrize("env", [CPU, pytest.param({}, marks=TWO_GPUS)], ids=["gloo", "nccl"])
+@pytest.mark.parametrize("kind,step,rank,said", HANGS)
+def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, kind, step, rank, said, env):
     if not full and (kind, step, rank) not in (("hang", 3, 1), ("die", "start", 1)):
         pytest.skip("make faults runs them all")
-    run = start(tmp_path / "run", 2, "--steps", "99", *HANG, "--fault", f"{kind}:{step}:{rank}")
+    run = start(tmp_path / "run", 2, "--steps", "99", *HANG, "--fault", f"{kind}:{step}:{rank}", env=env)
     began = time.monotonic()
     codes = run.wait(timeout=200, besides=(rank,) if kind in ("die", "freeze") else ())
     seconds = time.monotonic() - began
