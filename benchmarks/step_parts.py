@@ -21,7 +21,7 @@ PARTS = (
     ("memory copies", r"memcpy|memset|Memcpy|Memset"),
     ("communication", r"nccl"),
     ("decoding", r"jpeg|resample|dali|nvimgcodec|SliceFlip|BatchedSeparable|Idct|huffman"),
-    ("fused pointwise", r"triton_"),
+    ("LayerNorm and pointwise", r"triton_|^_differentiate_norm_kernel|layer_norm"),
 )
 LONGEST = 24  # kernels of each part that are listed
 # Annotations of the profiler's own: their kernels are listed by themselves.

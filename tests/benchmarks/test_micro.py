@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from miles_fast.kernels import attention_cases, cases
+from miles_fast.kernels import attention_cases, token_cases
 from miles_fast.kernels.divided_attention import divided_attention_reference
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-CASE = cases.FEATURE_REGRESSION_SMALL[0]
+CASE = token_cases.FEATURE_REGRESSION_SMALL[0]
 
 
 @pytest.fixture

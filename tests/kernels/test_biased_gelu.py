@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miles_fast.kernels import cases
+from miles_fast.kernels import cases, layer_cases
 from miles_fast.kernels.biased_gelu import biased_gelu, biased_gelu_reference
 from miles_fast.kernels.dispatch import INTERPRETED
 
@@ -12,13 +12,13 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("case", cases.BIASED_GELU_SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", layer_cases.BIASED_GELU_SMALL, ids=lambda case: case.name)
 def test_keeps_the_error_rule(case):
     assert cases.violations(case, biased_gelu, biased_gelu_reference, DEVICE) == []
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.BIASED_GELU_TRAINER, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", layer_cases.BIASED_GELU_TRAINER, ids=lambda case: case.name)
 def test_keeps_the_error_rule_at_the_trainers_shapes(case):
     assert cases.violations(case, biased_gelu, biased_gelu_reference, "cuda") == []
 

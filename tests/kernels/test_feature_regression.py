@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from miles_fast.kernels import cases
+from miles_fast.kernels import cases, token_cases
 from miles_fast.kernels.dispatch import INTERPRETED
 from miles_fast.kernels.feature_regression import (
     NORMALIZATIONS,
@@ -23,13 +23,13 @@ def _index(*rows):
     return torch.tensor(rows, device=DEVICE)
 
 
-@pytest.mark.parametrize("case", cases.FEATURE_REGRESSION_SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", token_cases.FEATURE_REGRESSION_SMALL, ids=lambda case: case.name)
 def test_keeps_the_error_rule(case):
     assert cases.violations(case, feature_regression, feature_regression_reference, DEVICE) == []
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.FEATURE_REGRESSION_TRAINER, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", token_cases.FEATURE_REGRESSION_TRAINER, ids=lambda case: case.name)
 def test_keeps_the_error_rule_at_the_trainers_shapes(case):
     assert cases.violations(case, feature_regression, feature_regression_reference, "cuda") == []
 

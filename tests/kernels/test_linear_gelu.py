@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miles_fast.kernels import cases
+from miles_fast.kernels import cases, layer_cases
 from miles_fast.kernels import linear_gelu as module
 from miles_fast.kernels.dispatch import INTERPRETED
 from miles_fast.kernels.linear_gelu import linear_gelu, linear_gelu_reference
@@ -16,13 +16,13 @@ def leaves(M=130, K=72, D=264, dtype=torch.float16, device=DEVICE):
     return [torch.randn(*shape, device=device, dtype=dtype) / 4 for shape in ((M, K), (D, K), (D,))]
 
 
-@pytest.mark.parametrize("case", cases.LINEAR_GELU_SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", layer_cases.LINEAR_GELU_SMALL, ids=lambda case: case.name)
 def test_keeps_the_error_rule(case):
     assert cases.violations(case, linear_gelu, linear_gelu_reference, DEVICE) == []
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.LINEAR_GELU_TRAINER, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", layer_cases.LINEAR_GELU_TRAINER, ids=lambda case: case.name)
 def test_keeps_the_error_rule_at_the_trainers_shapes(case):
     assert cases.violations(case, linear_gelu, linear_gelu_reference, "cuda") == []
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miles_fast.kernels import cases
+from miles_fast.kernels import cases, layer_cases
 from miles_fast.kernels.dispatch import INTERPRETED
 from miles_fast.kernels.residual_norm import residual_norm, residual_norm_reference
 
@@ -17,13 +17,13 @@ def _leaves(rows=6, width=5):
     return [leaf.requires_grad_() for leaf in (*drawn, *torch.randn(4, width, device=DEVICE))]
 
 
-@pytest.mark.parametrize("case", cases.RESIDUAL_NORM_SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", layer_cases.RESIDUAL_NORM_SMALL, ids=lambda case: case.name)
 def test_keeps_the_error_rule(case):
     assert cases.violations(case, residual_norm, residual_norm_reference, DEVICE) == []
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.RESIDUAL_NORM_TRAINER, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", layer_cases.RESIDUAL_NORM_TRAINER, ids=lambda case: case.name)
 def test_keeps_the_error_rule_at_the_trainers_shapes(case):
     assert cases.violations(case, residual_norm, residual_norm_reference, "cuda") == []
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from miles_fast.kernels import cases
+from miles_fast.kernels import cases, token_cases
 from miles_fast.kernels.dispatch import INTERPRETED
 from miles_fast.kernels.token_gather import token_gather, token_gather_reference
 from miles_fast.kernels.token_index import invert_token_index, invert_token_index_reference
@@ -17,13 +17,13 @@ def _index(*rows, dtype=torch.int64):
     return torch.tensor(rows, dtype=dtype, device=DEVICE)
 
 
-@pytest.mark.parametrize("case", cases.TOKEN_GATHER_SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", token_cases.TOKEN_GATHER_SMALL, ids=lambda case: case.name)
 def test_keeps_the_error_rule(case):
     assert cases.violations(case, token_gather, token_gather_reference, DEVICE) == []
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.TOKEN_GATHER_TRAINER, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", token_cases.TOKEN_GATHER_TRAINER, ids=lambda case: case.name)
 def test_keeps_the_error_rule_at_the_trainers_shapes(case):
     assert cases.violations(case, token_gather, token_gather_reference, "cuda") == []
 
@@ -39,7 +39,7 @@ def test_values_and_gradient_by_hand(op):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_copies_bits_both_ways(dtype):
-    case = cases.TokenGatherCase(B=2, N=12, M=5, D=33, dtype=dtype)
+    case = token_cases.TokenGatherCase(B=2, N=12, M=5, D=33, dtype=dtype)
     inputs = case.inputs(DEVICE)
     fused = cases.output_and_gradient(case, token_gather, inputs)
     plain = cases.output_and_gradient(case, token_gather_reference, inputs)
