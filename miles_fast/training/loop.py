@@ -7,7 +7,6 @@ What can go wrong is dealt with elsewhere: `numerics` has bad steps skipped, `re
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -16,17 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_fast.config import Config, to_dict
+from miles_fast.config import Config
 from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.loader import Loader
 from miles_fast.data.order import Share
-from miles_fast.distributed import barrier, gather_objects, logger, note_once, rank, world_size
-from miles_fast.models.compilation import compile_each
-from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
-from miles_fast.models.fp8 import use_fp8
-from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
+from miles_fast.distributed import barrier, logger, note_once, rank, world_size
 from miles_fast.models.text_encoder import load_tokenizer
-from miles_fast.training.checkpoint import find_checkpoint, model_folder, read_state, restore_checkpoint
+from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
 from miles_fast.training.early_stopping import EarlyStopping, Verdict
 from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
 from miles_fast.training.graphs import capture_passes, sample_inputs
@@ -34,7 +29,7 @@ from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.memory_report import OutOfMemory, is_out_of_memory, memory_report
 from miles_fast.training.meter import Meter
 from miles_fast.training.numerics import LossGuard, SkippedData, UpdateCheck, warn_of_collapse
-from miles_fast.training.objective import Losses, Objective
+from miles_fast.training.objective import Losses
 from miles_fast.training.progress import StepLog, process_seconds
 from miles_fast.training.recovery import (
     Deal,
@@ -48,6 +43,7 @@ from miles_fast.training.recovery import (
 from miles_fast.training.saving import Saver
 from miles_fast.training.signals import Ballot, StopRequest, Vote
 from miles_fast.training.snapshot import Snapshot
+from miles_fast.training.start import build_models, prepare_folder
 from miles_fast.training.watchdog import Watchdog
 from miles_fast.training.whole_student import WholeStudent
 
@@ -79,11 +75,11 @@ def pretrain(
             checkpoint = find_checkpoint(run, resume) if resume else None
             state = read_state(checkpoint, config) if checkpoint else {"step": 0}
             first_step = state["step"]
-            _prepare_folder(run, config, keep=resume is not None)
+            prepare_folder(run, config, keep=resume is not None)
             torch.manual_seed(config.run.seed)
             watchdog.report("building the model")
             tokenizer = load_tokenizer(config.model.text.tokenizer_source)
-            objective, snapshot = _build_model(
+            objective, snapshot = build_models(
                 config, settings, len(tokenizer), device, initialize=checkpoint is None
             )
             student = WholeStudent(objective.model, settings.stage if evaluate else 0)
@@ -144,32 +140,6 @@ def pretrain(
             raise
 
 
-def _build_model(
-    config: Config, settings: EngineSettings, vocabulary_size: int, device: torch.device, *, initialize: bool
-) -> tuple[Objective, Snapshot | None]:
-    objective = Objective(
-        build_dual_encoder(config.model, vocabulary_size), config.method, config.data.frames_per_clip
-    )
-    if config.run.init_from and initialize:
-        _initialize(objective, config.run.init_from)
-    _freeze(objective.model, config.run.freeze, settings.stage)
-    if config.run.precision == "fp8":
-        use_fp8(objective, device)
-    snapshot = None
-    if config.method.view != "none":
-        snapshot = Snapshot(
-            objective.model,
-            config.method.snapshot,
-            config.method.regression,
-            total_steps=config.run.steps,
-            dtype=settings.dtype,
-            device=device,
-        )
-    if config.run.compile:
-        compile_passes(objective, snapshot, config.run.activation_memory_budget)
-    return objective, snapshot
-
-
 def _open_loader(
     config: Config, settings: EngineSettings, tokenizer: Any, run: Path, device: torch.device
 ) -> Loader:
@@ -187,19 +157,6 @@ def _open_loader(
         quarantine=Quarantine(listed, config.data.max_bad_share),
         draw_masks=partial(draw_step_masks, config, settings.batch, rank()) if masked else None,
     )
-
-
-def compile_passes(objective: Objective, snapshot: Snapshot | None, memory_budget: float) -> None:
-    """Have what a step runs of both towers, the snapshot and the predictor compiled when it first runs.
-
-    What `memory_budget` means: RunConfig.activation_memory_budget.
-    """
-    objective.model.compile_layers(memory_budget)
-    if snapshot is not None:
-        snapshot.video_model.compile_layers()
-    if objective.method.view == "D":
-        compile_each(objective.predictor.blocks, memory_budget)
-    objective.statistics = torch.compile(objective.statistics, dynamic=False)
 
 
 def _train(t: Training, step: int) -> None:
@@ -312,41 +269,3 @@ def train_step(
         saver.before_update()
     engine.step()
     return losses, norm
-
-
-def _initialize(objective: Objective, source: str) -> None:
-    """Take weights from an exported folder, or from a run's newest checkpoint with mask token and head."""
-    place = model_folder(source)
-    read_description(place)
-    weights = read_weights(place)
-    load_weights(objective.model, weights, f"run.init_from = {source}")
-    own = objective.state_dict()
-    extra = {name.removeprefix(PRETRAINING): t for name, t in weights.items() if name.startswith(PRETRAINING)}
-    objective.load_state_dict(
-        {n: t for n, t in extra.items() if n in own and own[n].shape == t.shape}, strict=False
-    )
-    logger.info("initialised from %s", place)
-
-
-def _freeze(model: DualEncoder, prefixes: list[str], stage: int) -> None:
-    """Leave weights as they are. Raises ValueError for a prefix that no weight has, and at ZeRO-3."""
-    if prefixes and stage == 3:
-        raise ValueError("run.freeze: ZeRO-3 does not give frozen weights back whole; use stage 0, 1 or 2")
-    for prefix in prefixes:
-        frozen = [weight for name, weight in model.named_parameters() if name.startswith(prefix)]
-        if not frozen:
-            raise ValueError(f"run.freeze: no weight's name begins with {prefix!r}")
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
-def _prepare_folder(run: Path, config: Config, *, keep: bool) -> None:
-    if rank() == 0:
-        if not keep and (run / "config.json").exists():
-            number = next(n for n in range(1, 10**6) if not run.with_name(f"{run.name}.old-{n}").exists())
-            aside = run.with_name(f"{run.name}.old-{number}")
-            run.rename(aside)
-            logger.info("%s held an earlier run: moved to %s (--resume auto would go on with it)", run, aside)
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    gather_objects(None)

@@ -12,9 +12,10 @@ from miles_fast.config import ConfigError
 from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.training.engine import check_ds_config
 from miles_fast.training.graphs import sample_inputs
-from miles_fast.training.loop import compile_passes, pretrain
+from miles_fast.training.loop import pretrain
 from miles_fast.training.objective import Objective
 from miles_fast.training.progress import read_log
+from miles_fast.training.start import compile_passes
 
 # Large enough for its activations to be most of the memory.
 DEEP = {"video": {"image_size": 128, "patch_size": 8, "width": 192, "depth": 8, "heads": 6, "num_frames": 2}}

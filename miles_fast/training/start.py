@@ -1,0 +1,101 @@
+"""What a run starts from: its folder, the student and its snapshot, the weights that they begin with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from miles_fast.config import Config, to_dict
+from miles_fast.distributed import gather_objects, logger, rank
+from miles_fast.models.compilation import compile_each
+from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
+from miles_fast.models.fp8 import use_fp8
+from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
+from miles_fast.training.checkpoint import model_folder
+from miles_fast.training.engine import EngineSettings
+from miles_fast.training.objective import Objective
+from miles_fast.training.snapshot import Snapshot
+
+
+def prepare_folder(run: Path, config: Config, *, keep: bool) -> None:
+    """Make the run's folder and write its config; an earlier run in it is moved aside but with `keep`."""
+    if rank() == 0:
+        if not keep and (run / "config.json").exists():
+            number = next(n for n in range(1, 10**6) if not run.with_name(f"{run.name}.old-{n}").exists())
+            aside = run.with_name(f"{run.name}.old-{number}")
+            run.rename(aside)
+            logger.info("%s held an earlier run: moved to %s (--resume auto would go on with it)", run, aside)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    gather_objects(None)
+
+
+def build_models(
+    config: Config, settings: EngineSettings, vocabulary_size: int, device: torch.device, *, initialize: bool
+) -> tuple[Objective, Snapshot | None]:
+    """Student with losses, and snapshot, compiled as the config says; `initialize`: from `run.init_from`.
+
+    Raises ValueError for weights that do not fit and for prefixes of `run.freeze` that no weight has.
+    """
+    objective = Objective(
+        build_dual_encoder(config.model, vocabulary_size), config.method, config.data.frames_per_clip
+    )
+    if config.run.init_from and initialize:
+        _initialize(objective, config.run.init_from)
+    _freeze(objective.model, config.run.freeze, settings.stage)
+    if config.run.precision == "fp8":
+        use_fp8(objective, device)
+    snapshot = None
+    if config.method.view != "none":
+        snapshot = Snapshot(
+            objective.model,
+            config.method.snapshot,
+            config.method.regression,
+            total_steps=config.run.steps,
+            dtype=settings.dtype,
+            device=device,
+        )
+    if config.run.compile:
+        compile_passes(objective, snapshot, config.run.activation_memory_budget)
+    return objective, snapshot
+
+
+def compile_passes(objective: Objective, snapshot: Snapshot | None, memory_budget: float) -> None:
+    """Have what a step runs of both towers, the snapshot and the predictor compiled when it first runs.
+
+    What `memory_budget` means: RunConfig.activation_memory_budget.
+    """
+    objective.model.compile_layers(memory_budget)
+    if snapshot is not None:
+        snapshot.video_model.compile_layers()
+    if objective.method.view == "D":
+        compile_each(objective.predictor.blocks, memory_budget)
+    objective.statistics = torch.compile(objective.statistics, dynamic=False)
+
+
+def _initialize(objective: Objective, source: str) -> None:
+    """Take weights from an exported folder, or from a run's newest checkpoint with mask token and head."""
+    place = model_folder(source)
+    read_description(place)
+    weights = read_weights(place)
+    load_weights(objective.model, weights, f"run.init_from = {source}")
+    own = objective.state_dict()
+    extra = {name.removeprefix(PRETRAINING): t for name, t in weights.items() if name.startswith(PRETRAINING)}
+    objective.load_state_dict(
+        {n: t for n, t in extra.items() if n in own and own[n].shape == t.shape}, strict=False
+    )
+    logger.info("initialised from %s", place)
+
+
+def _freeze(model: DualEncoder, prefixes: list[str], stage: int) -> None:
+    """Leave weights as they are. Raises ValueError for a prefix that no weight has, and at ZeRO-3."""
+    if prefixes and stage == 3:
+        raise ValueError("run.freeze: ZeRO-3 does not give frozen weights back whole; use stage 0, 1 or 2")
+    for prefix in prefixes:
+        frozen = [weight for name, weight in model.named_parameters() if name.startswith(prefix)]
+        if not frozen:
+            raise ValueError(f"run.freeze: no weight's name begins with {prefix!r}")
+        for weight in frozen:
+            weight.requires_grad_(False)
