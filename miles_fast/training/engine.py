@@ -106,6 +106,10 @@ def check_ds_config(
             f"{source}: zero_optimization.stage = 3 gathers weights anew for every step, which a CUDA graph "
             "cannot follow; set run.cuda_graphs: false, or stage 2"
         )
+    if stage == 3 and config.run.compile:
+        # DeepSpeed's own linear layer reads what differs from one to the next, so that torch.compile gives up
+        # after eight layers. It lets go of gathered weights until backward, which compiled layers do anyway.
+        tree["zero_optimization"].setdefault("memory_efficient_linear", False)
     _check_lr_scale(tree, source, config)
     tree.setdefault("steps_per_print", 10**9)
     # DeepSpeed's own throughput, which nothing prints, would have the host wait for the GPU twice a step.
@@ -185,6 +189,7 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
         raise ConfigError(f"DeepSpeed refuses the ds config: {error}") from error
     if settings.stage == 3:
         gather_patches(objective)
+        keep_compiler_from_hooks(objective)
     assert engine.train_batch_size() == settings.batch * settings.accumulation * world_size()
     if settings.stage == 0 and not settings.bf16:
         _skip_non_finite(engine.optimizer)
@@ -244,6 +249,16 @@ def gather_patches(objective: nn.Module) -> None:
         if isinstance(module, PatchEmbedding):
             for weight in module.proj.parameters():
                 deepspeed.zero.register_external_parameter(module, weight)
+
+
+def keep_compiler_from_hooks(objective: nn.Module) -> None:
+    """Have torch.compile leave ZeRO-3's hooks alone.
+
+    They differ from module to module: it would compile them again for each, and give up after eight.
+    """
+    for module in objective.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            hooks.update({place: torch.compiler.disable(hook) for place, hook in hooks.items()})
 
 
 def use_flat_gradients(optimizer: Any, *, in_parts: bool) -> None:

@@ -114,13 +114,15 @@ def test_zero_3_evaluates_the_whole_student(root, tmp_path):
 
 
 def test_zero_3_gathers_what_compiled_layers_read(root, tmp_path, monkeypatch):
-    """Without the code's generation, which takes minutes on a CPU."""
+    """Without the code's generation, which takes minutes on a CPU; of more layers than are compiled anew."""
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager_decomp_partition)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    video = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 10, "heads": 2, "num_frames": 2}
 
     def losses(stage, compiled):
         torch._dynamo.reset()
         run = {"folder": str(tmp_path / f"{stage}"), "steps": 2, "compile": compiled}
-        config = tiny_config(root, run=run, method={"view": "D"})
+        config = tiny_config(root, run=run, method={"view": "D"}, model={"video": video})
         config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
         pretrain(config, check_ds_config(ds_tree(stage=stage), "ds", config, cuda=False, ranks=1))
         return [record["loss"] for record in read_log(tmp_path / f"{stage}")]
