@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from variants import BASELINES, BF16, CONFIGURED, FP8, Variant, train_variant
+from variants import BASELINES, BF16, CONFIGURED, FP8, Experiment, Variant, train_variant
 
 from miles_fast.config import load_config
 
@@ -19,18 +18,13 @@ COMPARED = (*(variant for variant in reversed(BASELINES) if "published" in varia
 SMOOTHED = 20  # steps of the running mean that two seeds' losses are compared by
 
 
-def measure_curves(
-    config_file: str,
-    overrides: Sequence[str],
-    ds_tree: dict[str, Any],
-    steps: int,
-    compared: Sequence[Variant] = COMPARED,
-) -> dict[str, list[float]]:
+def measure_curves(experiment: Experiment, compared: Sequence[Variant] = COMPARED) -> dict[str, list[float]]:
     """Loss of every step, by variant; the first is the reference."""
-    overrides = [*overrides, "model.text.dropout=0"]  # which compilers draw in another order
+    # Compilers draw it in another order.
+    experiment = replace(experiment, overrides=[*experiment.overrides, "model.text.dropout=0"])
     curves = {}
     for variant in compared:
-        records, _ = train_variant(variant, config_file, overrides, ds_tree, steps, log_every=1)
+        records, _ = train_variant(variant, experiment, log_every=1)
         curves[variant.name] = [record["loss"] for record in records]
     return curves
 

@@ -60,6 +60,15 @@ def time_model(config: Config, settings: EngineSettings, options: argparse.Names
     return [asdict(row) for row in rows]
 
 
+def _experiment(options: argparse.Namespace, steps: int) -> variants.Experiment:
+    return variants.Experiment(
+        config_file=options.config,
+        overrides=options.overrides,
+        ds_tree=json.loads(Path(options.ds_config).read_text()),
+        steps=steps,
+    )
+
+
 def time_step(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
     """Rows of whole steps: real training runs, their checkpoint included."""
     init_process_group()
@@ -70,9 +79,8 @@ def time_step(config: Config, settings: EngineSettings, options: argparse.Namesp
         chosen = [variants.BF16, variants.FP8]
     elif not options.alone:
         chosen += variants.BASELINES
-    tree = json.loads(Path(options.ds_config).read_text())
-    steps, fresh = options.batches + WARMUP, options.what == "step"
-    rows = variants.measure_variants(chosen, options.config, options.overrides, tree, steps, fresh=fresh)
+    experiment = _experiment(options, options.batches + WARMUP)
+    rows = variants.measure_variants(chosen, experiment, fresh=options.what == "step")
     print(variants.table(rows))
     return [asdict(row) for row in rows]
 
@@ -100,8 +108,7 @@ def profile_step(config: Config, settings: EngineSettings, options: argparse.Nam
 def compare_curves(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
     """The loss of `--batches` steps as configured, and as published in fp32 and bf16."""
     init_process_group()
-    tree = json.loads(Path(options.ds_config).read_text())
-    found = curves.measure_curves(options.config, options.overrides, tree, options.batches)
+    found = curves.measure_curves(_experiment(options, options.batches))
     print(curves.table(found))
     return found
 
@@ -109,9 +116,8 @@ def compare_curves(config: Config, settings: EngineSettings, options: argparse.N
 def compare_fp8(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
     """The loss of `--batches` steps in bf16, in bf16 with another seed, and in fp8, and their distances."""
     init_process_group()
-    tree = json.loads(Path(options.ds_config).read_text())
     chosen = curves.fp8_and_seeds(options.config, options.overrides)
-    found = curves.measure_curves(options.config, options.overrides, tree, options.batches, chosen)
+    found = curves.measure_curves(_experiment(options, options.batches), chosen)
     distances = curves.spread(found)
     print(curves.table(found))
     print(curves.verdict(distances))

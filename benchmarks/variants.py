@@ -1,7 +1,8 @@
 """A step as configured beside other ways to run it: what people would otherwise have, and single losses.
 
 What no key and no op's dispatch decides cannot be switched off, and is in every row: flat gradients, the
-student's passes of view B in one batch, the last block's rows alone, the absence of host synchronisation.
+student's passes of view B in one batch, the last block's rows alone, the texts beside the videos in a CUDA
+graph, the absence of host synchronisation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ import torch
 from energy import EnergyMeter
 from loader_stages import WARMUP
 
-from miles_fast.config import load_config
+from miles_fast.config import Config, load_config
 from miles_fast.distributed import logger
 from miles_fast.models.flops import training_flops
 from miles_fast.training.engine import check_ds_config
@@ -88,6 +89,20 @@ def ablations(config_file: str, overrides: Sequence[str]) -> list[Variant]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The run that variants change: its config file and overrides, DeepSpeed's json, the number of steps."""
+
+    config_file: str
+    overrides: Sequence[str]
+    ds_tree: dict[str, Any]
+    steps: int
+
+    def config(self, variant: Variant, *more: str) -> Config:
+        """The variant's."""
+        return load_config(self.config_file, [*self.overrides, *variant.overrides, *more])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """Medians over a run's log after the warm-up; what this machine cannot tell is None.
 
@@ -117,39 +132,25 @@ class Failure:
 
 
 def measure_variants(
-    variants: Sequence[Variant],
-    config_file: str,
-    overrides: Sequence[str],
-    ds_tree: dict[str, Any],
-    steps: int,
-    *,
-    fresh: bool = False,
+    variants: Sequence[Variant], experiment: Experiment, *, fresh: bool = False
 ) -> list[Row | Failure]:
-    """Train `steps` steps of each variant, one after the other in this process; one that fails is named.
+    """Train each variant, one after the other in this process; one that fails is named.
 
     `fresh`: nothing has been measured in this process before.
     """
     return [
-        _measure_fitting(variant, config_file, overrides, ds_tree, steps, fresh=fresh and not number)
+        _measure_fitting(variant, experiment, fresh=fresh and not number)
         for number, variant in enumerate(variants)
     ]
 
 
-def _measure_fitting(
-    variant: Variant,
-    config_file: str,
-    overrides: Sequence[str],
-    ds_tree: dict[str, Any],
-    steps: int,
-    *,
-    fresh: bool,
-) -> Row | Failure:
+def _measure_fitting(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row | Failure:
     """The row at the configured batch, or at the first half, quarter, ... of it that fits the memory."""
-    tree = copy.deepcopy(ds_tree)
+    experiment = replace(experiment, ds_tree=copy.deepcopy(experiment.ds_tree))
     while True:
-        batch = tree["train_micro_batch_size_per_gpu"]
+        batch = experiment.ds_tree["train_micro_batch_size_per_gpu"]
         try:
-            return _measure(variant, config_file, overrides, tree, steps, fresh=fresh)
+            return _measure(variant, experiment, fresh=fresh)
         except Stopped:
             raise
         except Exception as error:
@@ -157,7 +158,7 @@ def _measure_fitting(
                 logger.error("%s, batch %d", variant.name, batch, exc_info=True)
                 return Failure(name=variant.name, batch=batch, error=f"{type(error).__name__}: {error}")
         # Behind the except clause, whose traceback holds the step's tensors.
-        tree["train_micro_batch_size_per_gpu"], fresh = batch // 2, False
+        experiment.ds_tree["train_micro_batch_size_per_gpu"], fresh = batch // 2, False
 
 
 def _ran_out(error: BaseException | None) -> bool:
@@ -167,29 +168,21 @@ def _ran_out(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _measure(
-    variant: Variant,
-    config_file: str,
-    overrides: Sequence[str],
-    ds_tree: dict[str, Any],
-    steps: int,
-    *,
-    fresh: bool,
-) -> Row:
-    records, joules_per_clip = train_variant(variant, config_file, overrides, ds_tree, steps, log_every=5)
+def _measure(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row:
+    records, joules_per_clip = train_variant(variant, experiment, log_every=5)
     start_seconds = records[0].get("start_seconds") if fresh else None
     records = [record for record in records if record["step"] > WARMUP]
     names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
     medians = {
         name: statistics.median(r[name] for r in records) if name in records[0] else None for name in names
     }
-    config = load_config(config_file, [*overrides, *variant.overrides])
+    config = experiment.config(variant)
     data = config.data
     flops = training_flops(config.model, config.method, data.frames_per_clip, data.caption_tokens)
     return Row(
         name=variant.name,
         tflops_per_second=medians["clips_per_second"] * flops / 1e12,
-        batch=ds_tree["train_micro_batch_size_per_gpu"],
+        batch=experiment.ds_tree["train_micro_batch_size_per_gpu"],
         joules_per_clip=joules_per_clip,
         start_seconds=start_seconds,
         **medians,
@@ -197,13 +190,7 @@ def _measure(
 
 
 def train_variant(
-    variant: Variant,
-    config_file: str,
-    overrides: Sequence[str],
-    ds_tree: dict[str, Any],
-    steps: int,
-    *,
-    log_every: int,
+    variant: Variant, experiment: Experiment, *, log_every: int
 ) -> tuple[list[dict[str, Any]], float | None]:
     """Records of a training run's log, and joules per clip behind the warm-up where the driver tells."""
     cuda = torch.cuda.is_available()
@@ -213,9 +200,11 @@ def train_variant(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, ops(plain=variant.plain_ops):
+        steps = experiment.steps
         run = [f"run.steps={steps}", f"run.folder={folder}/run", f"run.log_every={log_every}"]
-        config = load_config(config_file, [*overrides, *variant.overrides, *run])
-        settings = check_ds_config(_merged(ds_tree, variant.ds), "ds config", config, cuda=cuda, ranks=1)
+        config = experiment.config(variant, *run)
+        tree = _merged(experiment.ds_tree, variant.ds)
+        settings = check_ds_config(tree, "ds config", config, cuda=cuda, ranks=1)
         meter = EnergyMeter(WARMUP * settings.accumulation, steps * settings.accumulation)
         pretrain(config, settings, deal=meter.deal)
         records = [record for record in read_log(Path(config.run.folder)) if "loss" in record]

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 
 from miles_fast.kernels.dispatch import jit, runs_triton, tl, triton
 
-# D rounded up to a power of two -> (rows per step, programs per multiprocessor, warps, pipeline stages). Of
-# 150 tried on an H100 at 128 clips of 785 tokens of 768, bf16, the fastest; `python benchmarks/micro.py --op
-# residual_norm --sweep` tries some of them.
+# D rounded up to a power of two -> (rows per step, programs per multiprocessor, warps, pipeline stages). The
+# fastest of those that `python benchmarks/micro.py --op residual_norm --sweep` tries, on an H100 at 128 clips
+# of 785 tokens of 768, bf16.
 LAUNCH_BACKWARD = {1024: (2, 2, 4, 4)}
 
 

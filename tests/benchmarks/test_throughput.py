@@ -270,7 +270,8 @@ def test_a_row_that_fails_loses_no_other(root, monkeypatch, capsys):
     assert f"{configured['clips_per_second']:,.1f}" in (root / "fails.html").read_text()
 
     fits, tried[:] = 0, []
-    (failed,) = variants.measure_variants([variants.CONFIGURED], files[1], [], ds_tree(stage=1), 3)
+    experiment = variants.Experiment(config_file=files[1], overrides=[], ds_tree=ds_tree(stage=1), steps=3)
+    (failed,) = variants.measure_variants([variants.CONFIGURED], experiment)
     assert tried == [4, 2, 1] and failed.batch == 1 and "out of memory" in failed.error
     assert "out of memory" in variants.table([failed])
 
