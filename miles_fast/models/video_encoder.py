@@ -91,8 +91,8 @@ class Block(nn.Module):
         own = not takes_biases(x_BND)
         attended = self.timeattn(self.norm3(x_BND), num_frames, bias_gets_gradient=own)
         bias = None if own else self.timeattn.proj.bias
-        time, _ = _add_and_normalize(x_BND, attended, self.norm1, bias, with_total=False)
-        attended = self.attn(time, num_frames, rows_BM, bias_gets_gradient=own)
+        normed, _ = _add_and_normalize(x_BND, attended, self.norm1, bias, with_total=False)
+        attended = self.attn(normed, num_frames, rows_BM, bias_gets_gradient=own)
         if rows_BM is not None:
             x_BND = token_gather(x_BND, rows_BM)
         biases = () if own else (self.attn.proj.bias, self.mlp.fc2.bias)
