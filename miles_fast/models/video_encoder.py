@@ -90,19 +90,27 @@ class Block(nn.Module):
         """(B, N, D) -> (B, N, D), or only the rows `rows_BM` of it: behind attention no row needs another."""
         own = not takes_biases(x_BND)
         attended = self.timeattn(self.norm3(x_BND), num_frames, bias_gets_gradient=own)
-        bias = None if own else self.timeattn.proj.bias
-        normed, _ = _add_and_normalize(x_BND, attended, self.norm1, bias, with_total=False)
+        biases = None if own else (self.timeattn.proj.bias,)
+        normed, _ = _add_and_normalize(x_BND, attended, self.norm1, biases, with_total=False)
         attended = self.attn(normed, num_frames, rows_BM, bias_gets_gradient=own)
         if rows_BM is not None:
             x_BND = token_gather(x_BND, rows_BM)
-        biases = () if own else (self.attn.proj.bias, self.mlp.fc2.bias)
-        normed, space = _add_and_normalize(x_BND, attended, self.norm2, *biases)
+        biases = None if own else (self.attn.proj.bias, self.mlp.fc2.bias)
+        normed, space = _add_and_normalize(x_BND, attended, self.norm2, biases)
         return space + self.mlp(normed, bias_gets_gradient=own)
 
 
 def _add_and_normalize(
-    x: Tensor, branch: Tensor, norm: nn.LayerNorm, *biases: Tensor | None, with_total: bool = True
+    x: Tensor,
+    branch: Tensor,
+    norm: nn.LayerNorm,
+    biases: tuple[Tensor, ...] | None,
+    *,
+    with_total: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
+    if biases is None:
+        total = x + branch
+        return norm(total), total
     return residual_norm(x, branch, norm.weight, norm.bias, *biases, eps=norm.eps, with_total=with_total)
 
 
