@@ -68,21 +68,21 @@ def test_the_signal_of_ctrl_c_ends_with_a_checkpoint_and_a_second_one_at_once(st
     assert not any("Traceback" in said for said in once.errors + twice.errors)
 
 
-HANGS = [
-    ("hang", 3, 1, "rank 1 hangs while waiting for the data of step 3, at ranks.py"),
-    ("hang", "start", 1, "rank 1 hangs while building the engine, at ranks.py"),
-    ("die", "start", 1, "rank 1 gives no sign of life: its process is gone"),
-    ("die", "start", 0, "rank 0 gives no sign of life: its process is gone"),
-    ("die", 0, 1, "rank 1 gives no sign of life: its process is gone"),
-    ("die", 3, 1, "rank 1 gives no sign of life: its process is gone"),
-    ("die", 3, 0, "rank 0 gives no sign of life: its process is gone"),
-    ("freeze", 3, 1, "rank 1 gives no sign of life: its process is gone or stopped"),
-    ("freeze", 3, 0, "rank 0 gives no sign of life for 16 s: its process is gone or stopped"),
-]
-
-
 @pytest.mark.parametrize("env", [CPU, pytest.param({}, marks=TWO_GPUS)], ids=["gloo", "nccl"])
-@pytest.mark.parametrize("kind,step,rank,said", HANGS)
+@pytest.mark.parametrize(
+    "kind,step,rank,said",
+    [
+        ("hang", 3, 1, "rank 1 hangs while waiting for the data of step 3, at ranks.py"),
+        ("hang", "start", 1, "rank 1 hangs while building the engine, at ranks.py"),
+        ("die", "start", 1, "rank 1 gives no sign of life: its process is gone"),
+        ("die", "start", 0, "rank 0 gives no sign of life: its process is gone"),
+        ("die", 0, 1, "rank 1 gives no sign of life: its process is gone"),
+        ("die", 3, 1, "rank 1 gives no sign of life: its process is gone"),
+        ("die", 3, 0, "rank 0 gives no sign of life: its process is gone"),
+        ("freeze", 3, 1, "rank 1 gives no sign of life: its process is gone or stopped"),
+        ("freeze", 3, 0, "rank 0 gives no sign of life for 16 s: its process is gone or stopped"),
+    ],
+)
 def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, kind, step, rank, said, env):
     if not full and (kind, step, rank) not in (("hang", 3, 1), ("die", "start", 1)):
         pytest.skip("make faults runs them all")

@@ -49,8 +49,7 @@ def test_gradients_reach_what_is_used(used):
     assert (total is None) == (used == "out without total")
     plain = F.layer_norm(x + branch, (5,), weight, bias, 1e-6)
     shares = {"out": (1, 0), "total": (0, 1), "both": (1, 1)}.get(used, (1, 0))
-    wanted = [(part, share) for part, share in zip((out, total), shares, strict=True) if share]
-    loss = sum(part.sin().sum() for part, _ in wanted)
+    loss = sum(part.sin().sum() for part, share in zip((out, total), shares, strict=True) if share)
     expected = shares[0] * plain.sin().sum() + shares[1] * (x + branch).sin().sum()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(
