@@ -53,6 +53,11 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
     )
 
 
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """How many the tensor's GPU has; 2 of a CPU tensor, so that the interpreter shares the work out too."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+
+
 def launch_parameters(table: dict[int, tuple[int, int]], width: int) -> tuple[int, int, int]:
     """(rows per program, columns per program, warps per program) for rows of `width` numbers.
 

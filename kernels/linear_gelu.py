@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from miles_fast.kernels.biased_gelu import biased_gelu, gelu_backward, gelu_of
-from miles_fast.kernels.dispatch import INTERPRETED, jit, product, runs_triton, tl, triton
+from miles_fast.kernels.dispatch import INTERPRETED, jit, multiprocessors, product, runs_triton, tl, triton
 
 # D rounded up to a power of two -> (rows, columns and depth of a tile, slices that its end is done in, warps,
 # stages). The fastest of those that `python benchmarks/micro.py --op linear_gelu --sweep` tries, on an H100
@@ -127,7 +127,7 @@ def _run(x_MK, weight_DK, bias_D, scales, keep, launch):
         return TensorDescriptor.from_tensor(tensor, list(block))
 
     with torch.cuda.device_of(x_MK):
-        programs = torch.cuda.get_device_properties(x_MK.device).multi_processor_count if x_MK.is_cuda else 2
+        programs = multiprocessors(x_MK)
         out_desc = tiles(out_MD, block_m, block_d // slices)
         _linear_gelu_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(D, block_d)),)](
             tiles(x_MK, block_m, block_k),

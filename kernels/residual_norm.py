@@ -25,7 +25,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from miles_fast.kernels.dispatch import jit, runs_triton, tl, triton
+from miles_fast.kernels.dispatch import jit, multiprocessors, runs_triton, tl, triton
 
 # D rounded up to a power of two -> (rows per step, programs per multiprocessor, warps, pipeline stages). The
 # fastest of those that `python benchmarks/micro.py --op residual_norm --sweep` tries, on an H100 at 128 clips
@@ -117,10 +117,8 @@ def _residual_norm_backward(d_out, d_total, total, weight_D, mean, rstd):
     rows, programs, num_warps, stages = LAUNCH_BACKWARD.get(
         block_d, (1, 3, max(1, min(16, block_d // 256)), 3)
     )
-    if total.is_cuda:
-        programs *= torch.cuda.get_device_properties(total.device).multi_processor_count
     d_x = torch.empty_like(total)
-    steps = max(1, triton.cdiv(M, rows * programs))
+    steps = max(1, triton.cdiv(M, rows * programs * multiprocessors(total)))
     C = triton.cdiv(M, rows * steps)
     partial_C4D = total.new_empty((C, 4, D), dtype=torch.float32)
     if total.numel():

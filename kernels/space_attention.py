@@ -47,11 +47,11 @@ from miles_fast.kernels.space_attention_kernels import (
 # (P + 1, S), each rounded up to a power of two -> (query rows, key rows, warps per program, pipeline stages,
 # most registers per thread or None), for 16-bit numbers; read at every call.
 # Measured on an H100 at 256 frames of 196 patches and 12 heads, bf16, by `python benchmarks/micro.py --op
-# space_attention --first --sweep`: forward 0.203 ms; in a training step 0.19 forward, 0.23 for d_q and 0.32
-# for d_k and d_v. 64 rows on 4 warps are one wgmma tile.
-LAUNCH_FORWARD = {(256, 64): (64, 64, 4, 3, None)}
-LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 64, 4, 3, None)}
-LAUNCH_BACKWARD_KEY = {(256, 64): (64, 64, 4, 3, None)}
+# space_attention --first --sweep`: forward 0.178 ms. 64 rows on 4 warps are one wgmma tile; what a frame's
+# 197 rows leave, five, is a tile of 16.
+LAUNCH_FORWARD = {(256, 64): (64, 32, 4, 4, None)}
+LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 32, 4, 3, None)}
+LAUNCH_BACKWARD_KEY = {(256, 64): (32, 64, 4, 4, None)}
 
 
 def space_attention_reference(
@@ -72,7 +72,7 @@ def _launch_parameters(table: dict, qkv_BN3HS: torch.Tensor, P: int) -> tuple[in
 
 
 def _tail(P: int, block: int) -> int:
-    # What a loop over blocks of patches leaves: the last patches and CLS. tl.dot wants 16 rows at least.
+    # Rows for what full blocks of patches leave: the last patches and CLS. tl.dot wants 16 at least.
     return max(16, triton.next_power_of_2(P % block + 1))
 
 
@@ -102,6 +102,7 @@ def _attend_frames(qkv_BN3HS: torch.Tensor, T: int) -> tuple[torch.Tensor, torch
             H=H,
             S=S,
             BLOCK_Q=block_q,
+            LAST_ROWS=_tail(P, block_q),
             BLOCK_K=block_k,
             TAIL=_tail(P, block_k),
             BLOCK_S=max(16, triton.next_power_of_2(S)),
@@ -128,12 +129,12 @@ def _differentiate_frames(
     sizes = {"P": P, "H": H, "S": S, "BLOCK_S": max(16, triton.next_power_of_2(S)), "WITH_BIAS": with_bias}
 
     def partial(block: int, parts: int) -> torch.Tensor:
-        chunks = T * triton.cdiv(P + 1, block) if with_bias else 0
-        return torch.empty((B, H, chunks, parts, S), dtype=torch.float32, device=qkv_BN3HS.device)
+        programs = (B * T, H, triton.cdiv(P + 1, block)) if with_bias else (0, H, 1)
+        return torch.empty((*programs, parts, S), dtype=torch.float32, device=qkv_BN3HS.device)
 
     with torch.cuda.device_of(qkv_BN3HS):
         block_q, block_k, num_warps, stages, maxnreg = _launch_parameters(LAUNCH_BACKWARD_QUERY, qkv_BN3HS, P)
-        query_bias_BHC1S = partial(block_q, 1)
+        query_bias_FHC1S = partial(block_q, 1)
         query_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_q),)](
             qkv_BN3HS,
             out_BND,
@@ -142,11 +143,12 @@ def _differentiate_frames(
             row_starts_BHN2,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
-            query_bias_BHC1S,
+            query_bias_FHC1S,
             N,
             *scales,
             **sizes,
             BLOCK_Q=block_q,
+            LAST_ROWS=_tail(P, block_q),
             BLOCK_K=block_k,
             TAIL=_tail(P, block_k),
             STAGES=stages,
@@ -154,26 +156,27 @@ def _differentiate_frames(
             maxnreg=maxnreg,
         )
         block_q, block_k, num_warps, stages, maxnreg = _launch_parameters(LAUNCH_BACKWARD_KEY, qkv_BN3HS, P)
-        key_bias_BHC2S = partial(block_k, 2)
+        key_bias_FHC2S = partial(block_k, 2)
         key_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_k),)](
             qkv_BN3HS,
             d_out_BND,
             row_starts_BHN2,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
-            key_bias_BHC2S,
+            key_bias_FHC2S,
             N,
             *scales,
             **sizes,
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
+            LAST_ROWS=_tail(P, block_k),
             TAIL=_tail(P, block_q),
             STAGES=stages,
             num_warps=num_warps,
             maxnreg=maxnreg,
         )
         combine_cls_gradient(cls_partial_BHT3S, d_qkv_BN3HS)
-    d_bias_H3S = torch.cat([share.sum((0, 2)) for share in (query_bias_BHC1S, key_bias_BHC2S)], dim=1)
+    d_bias_H3S = torch.cat([share.sum((0, 2)) for share in (query_bias_FHC1S, key_bias_FHC2S)], dim=1)
     return d_qkv_BN3HS, d_bias_H3S.transpose(0, 1).flatten()
 
 

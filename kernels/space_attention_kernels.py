@@ -57,12 +57,41 @@ def attend_kernel(
     H: tl.constexpr,
     S: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    LAST_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    clip, frame, head, first_query = _place(num_tokens, P, H, BLOCK_Q)
+    place = _place(num_tokens, P, H, BLOCK_Q)
+    outs = out_ptr, lse_ptr, cls_max_ptr, cls_sum_ptr, cls_value_ptr
+    numbers = num_tokens, scale
+    if place[3] < P // BLOCK_Q * BLOCK_Q:
+        _attend_rows(place, qkv_ptr, outs, numbers, P, H, S, BLOCK_Q, False, BLOCK_K, TAIL, BLOCK_S, STAGES)
+    else:
+        _attend_rows(place, qkv_ptr, outs, numbers, P, H, S, LAST_ROWS, True, BLOCK_K, TAIL, BLOCK_S, STAGES)
+
+
+@jit
+def _attend_rows(
+    place,
+    qkv_ptr,
+    outs,
+    numbers,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # LAST: CLS is among the rows, and any behind it are none.
+    clip, frame, head, first_query = place
+    num_tokens, scale = numbers
+    out_ptr, lse_ptr, cls_max_ptr, cls_sum_ptr, cls_value_ptr = outs
     D: tl.constexpr = H * S
     ROW: tl.constexpr = 3 * D
     FULL: tl.constexpr = P // BLOCK_K * BLOCK_K
@@ -73,7 +102,7 @@ def attend_kernel(
     query, tail = first_query + tl.arange(0, BLOCK_Q), FULL + tl.arange(0, TAIL)
     query_token = tl.where(query < P, first_token + query, 0)
     tail_token = tl.where(tail < P, first_token + tail, 0)
-    q = _rows(q_ptr, query_token, query <= P, True, ROW, S, BLOCK_S)
+    q = _rows(q_ptr, query_token, query <= P, LAST, ROW, S, BLOCK_S)
     k_tail = _rows(k_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
     v_tail = _rows(v_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
 
@@ -96,7 +125,7 @@ def attend_kernel(
     tl.store(out_ptrs, out / row_sum[:, None], mask=(query < P)[:, None] & (column < S)[None, :])
     lse_ptrs = lse_ptr + (clip * H + head) * num_tokens + query_token
     tl.store(lse_ptrs, row_max + tl.log2(row_sum), mask=query < P)
-    if first_query + BLOCK_Q > P:
+    if LAST:
         chunk = (clip * H + head) * T + frame
         tl.store(cls_max_ptr + chunk, tl.sum(tl.where(query == P, row_max, 0.0), axis=0))
         tl.store(cls_sum_ptr + chunk, tl.sum(tl.where(query == P, row_sum, 0.0), axis=0))
@@ -130,13 +159,48 @@ def query_gradient_kernel(
     H: tl.constexpr,
     S: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    LAST_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
     WITH_BIAS: tl.constexpr,
 ):
-    clip, frame, head, first_query = _place(num_tokens, P, H, BLOCK_Q)
+    place = _place(num_tokens, P, H, BLOCK_Q)
+    bias_ptr = bias_partial_ptr + tl.program_id(0).to(tl.int64) * S
+    ins, outs = (qkv_ptr, out_ptr, d_out_ptr, lse_ptr), (row_starts_ptr, d_qkv_ptr, cls_partial_ptr, bias_ptr)
+    numbers = num_tokens, scale, d_scale
+    if place[3] < P // BLOCK_Q * BLOCK_Q:
+        _query_rows(
+            place, ins, outs, numbers, P, H, S, BLOCK_Q, False, BLOCK_K, TAIL, BLOCK_S, STAGES, WITH_BIAS
+        )
+    else:
+        _query_rows(
+            place, ins, outs, numbers, P, H, S, LAST_ROWS, True, BLOCK_K, TAIL, BLOCK_S, STAGES, WITH_BIAS
+        )
+
+
+@jit
+def _query_rows(
+    place,
+    ins,
+    outs,
+    numbers,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
+):
+    clip, frame, head, first_query = place
+    qkv_ptr, out_ptr, d_out_ptr, lse_ptr = ins
+    row_starts_ptr, d_qkv_ptr, cls_partial_ptr, bias_ptr = outs
+    num_tokens, scale, d_scale = numbers
     D: tl.constexpr = H * S
     ROW: tl.constexpr = 3 * D
     FULL: tl.constexpr = P // BLOCK_K * BLOCK_K
@@ -148,9 +212,9 @@ def query_gradient_kernel(
     query, tail = first_query + tl.arange(0, BLOCK_Q), FULL + tl.arange(0, TAIL)
     query_token = tl.where(query < P, first_token + query, 0)
     tail_token = tl.where(tail < P, first_token + tail, 0)
-    d_out = _rows(d_out_ptr + out_offset, query_token, query <= P, True, D, S, BLOCK_S)
-    out = _rows(out_ptr + out_offset, query_token, query <= P, True, D, S, BLOCK_S)
-    q = _rows(q_ptr, query_token, query <= P, True, ROW, S, BLOCK_S)
+    d_out = _rows(d_out_ptr + out_offset, query_token, query <= P, LAST, D, S, BLOCK_S)
+    out = _rows(out_ptr + out_offset, query_token, query <= P, LAST, D, S, BLOCK_S)
+    q = _rows(q_ptr, query_token, query <= P, LAST, ROW, S, BLOCK_S)
     k_tail = _rows(k_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
     v_tail = _rows(v_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
     row = (clip * H + head) * num_tokens + query_token
@@ -172,13 +236,11 @@ def query_gradient_kernel(
     column = tl.arange(0, BLOCK_S)
     if WITH_BIAS:
         # Rows behind CLS have no gradient: their weights are 0.
-        blocks: tl.constexpr = (P + BLOCK_Q) // BLOCK_Q
-        block = ((clip * H + head) * T + frame) * blocks + first_query // BLOCK_Q
-        tl.store(bias_partial_ptr + block * S + column, tl.sum(d_q, axis=0), mask=column < S)
+        tl.store(bias_ptr + column, tl.sum(d_q, axis=0), mask=column < S)
     d_q_ptr = d_qkv_ptr + (clip * num_tokens + first_token + first_query) * ROW + head * S
     d_q_ptrs = d_q_ptr + tl.arange(0, BLOCK_Q)[:, None] * ROW + column[None, :]
     tl.store(d_q_ptrs, d_q, mask=(query < P)[:, None] & (column < S)[None, :])
-    if first_query + BLOCK_Q > P:
+    if LAST:
         share_ptrs = cls_partial_ptr + ((clip * H + head) * T + frame) * 3 * S + column
         tl.store(share_ptrs, tl.sum(tl.where((query == P)[:, None], d_q, 0.0), axis=0), mask=column < S)
 
@@ -219,12 +281,47 @@ def key_gradient_kernel(
     S: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LAST_ROWS: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
     WITH_BIAS: tl.constexpr,
 ):
-    clip, frame, head, first_key = _place(num_tokens, P, H, BLOCK_K)
+    place = _place(num_tokens, P, H, BLOCK_K)
+    bias_ptr = bias_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * S
+    ins, outs = (qkv_ptr, d_out_ptr, row_starts_ptr), (d_qkv_ptr, cls_partial_ptr, bias_ptr)
+    numbers = num_tokens, scale, d_scale
+    if place[3] < P // BLOCK_K * BLOCK_K:
+        _key_rows(
+            place, ins, outs, numbers, P, H, S, BLOCK_Q, BLOCK_K, False, TAIL, BLOCK_S, STAGES, WITH_BIAS
+        )
+    else:
+        _key_rows(
+            place, ins, outs, numbers, P, H, S, BLOCK_Q, LAST_ROWS, True, TAIL, BLOCK_S, STAGES, WITH_BIAS
+        )
+
+
+@jit
+def _key_rows(
+    place,
+    ins,
+    outs,
+    numbers,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAST: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
+):
+    clip, frame, head, first_key = place
+    qkv_ptr, d_out_ptr, row_starts_ptr = ins
+    d_qkv_ptr, cls_partial_ptr, bias_ptr = outs
+    num_tokens, scale, d_scale = numbers
     D: tl.constexpr = H * S
     ROW: tl.constexpr = 3 * D
     FULL: tl.constexpr = P // BLOCK_Q * BLOCK_Q
@@ -237,8 +334,8 @@ def key_gradient_kernel(
     key, tail = first_key + tl.arange(0, BLOCK_K), FULL + tl.arange(0, TAIL)
     key_token = tl.where(key < P, first_token + key, 0)
     tail_token = tl.where(tail < P, first_token + tail, 0)
-    k = _rows(k_ptr, key_token, key <= P, True, ROW, S, BLOCK_S)
-    v = _rows(v_ptr, key_token, key <= P, True, ROW, S, BLOCK_S)
+    k = _rows(k_ptr, key_token, key <= P, LAST, ROW, S, BLOCK_S)
+    v = _rows(v_ptr, key_token, key <= P, LAST, ROW, S, BLOCK_S)
     q_tail = _rows(q_ptr, tail_token, tail <= P, True, ROW, S, BLOCK_S)
     d_out_tail = _rows(d_out_ptr, tail_token, tail <= P, True, D, S, BLOCK_S)
 
@@ -258,18 +355,15 @@ def key_gradient_kernel(
     column = tl.arange(0, BLOCK_S)
     if WITH_BIAS:
         # Rows behind CLS hold what became of their weights, which are not 0.
-        blocks: tl.constexpr = (P + BLOCK_K) // BLOCK_K
-        block = (((clip * H + head) * T + frame) * blocks + first_key // BLOCK_K) * 2
         present = (key <= P)[:, None]
-        bias_ptrs = bias_partial_ptr + block * S + column
-        tl.store(bias_ptrs, tl.sum(tl.where(present, d_k, 0.0), axis=0), mask=column < S)
-        tl.store(bias_ptrs + S, tl.sum(tl.where(present, d_v, 0.0), axis=0), mask=column < S)
+        tl.store(bias_ptr + column, tl.sum(tl.where(present, d_k, 0.0), axis=0), mask=column < S)
+        tl.store(bias_ptr + S + column, tl.sum(tl.where(present, d_v, 0.0), axis=0), mask=column < S)
     inside = (key < P)[:, None] & (column < S)[None, :]
     d_k_ptr = d_qkv_ptr + (clip * num_tokens + first_token + first_key) * ROW + D + head * S
     d_k_ptrs = d_k_ptr + tl.arange(0, BLOCK_K)[:, None] * ROW + column[None, :]
     tl.store(d_k_ptrs, d_k, mask=inside)
     tl.store(d_k_ptrs + D, d_v, mask=inside)
-    if first_key + BLOCK_K > P:
+    if LAST:
         share_ptrs = cls_partial_ptr + ((clip * H + head) * T + frame) * 3 * S + column
         cls = (key == P)[:, None]
         tl.store(share_ptrs + S, tl.sum(tl.where(cls, d_k, 0.0), axis=0), mask=column < S)
