@@ -21,7 +21,7 @@ from miles_fast.config import load_config
 from miles_fast.data.batches import Batch
 from miles_fast.data.loader import Loader
 from miles_fast.training import loop
-from miles_fast.training.engine import check_ds_config
+from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.saving import Saver
 
 

@@ -47,7 +47,8 @@ from miles_fast.data.demo import prepare_demo
 from miles_fast.data.shards import expand_shards
 from miles_fast.data.sources import open_shards
 from miles_fast.distributed import configure_logging
-from miles_fast.training.engine import EngineSettings, init_process_group, read_ds_config
+from miles_fast.training.ds_config import EngineSettings, read_ds_config
+from miles_fast.training.engine import init_process_group
 from miles_fast.training.loop import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]

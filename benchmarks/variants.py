@@ -25,7 +25,7 @@ from loader_stages import WARMUP
 from miles_fast.config import Config, load_config
 from miles_fast.distributed import logger
 from miles_fast.models.flops import training_flops
-from miles_fast.training.engine import check_ds_config
+from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.memory_report import OutOfMemory
 from miles_fast.training.progress import read_log

@@ -23,8 +23,9 @@ from miles_fast.export.pretrained import Pretrained, architecture_of, is_foreign
 from miles_fast.export.run import write_pretrained
 from miles_fast.models.storage import read_description
 from miles_fast.training.checkpoint import model_folder
+from miles_fast.training.ds_config import read_ds_config
 from miles_fast.training.early_stopping import BEST
-from miles_fast.training.engine import init_process_group, launched_ranks, read_ds_config
+from miles_fast.training.engine import init_process_group, launched_ranks
 from miles_fast.training.loop import pretrain
 from miles_fast.training.signals import exit_with_status
 

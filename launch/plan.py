@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from miles_fast.config import load_config
-from miles_fast.training.engine import read_ds_config
+from miles_fast.training.ds_config import read_ds_config
 from miles_fast.training.planning import Links, Measured, Plan, model_sizes, plan
 
 ROOT = Path(__file__).resolve().parent

@@ -11,7 +11,8 @@ from miles_fast.config import load_config
 from miles_fast.data.demo import prepare_demo
 from miles_fast.distributed import barrier, configure_logging, logger, rank
 from miles_fast.evaluation.validation import validation
-from miles_fast.training.engine import init_process_group, launched_ranks, read_ds_config
+from miles_fast.training.ds_config import read_ds_config
+from miles_fast.training.engine import init_process_group, launched_ranks
 from miles_fast.training.loop import pretrain
 from miles_fast.training.signals import exit_with_status
 

@@ -22,8 +22,9 @@ from miles_fast.data.order import Share
 from miles_fast.distributed import barrier, logger, note_once, rank, world_size
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
+from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.early_stopping import EarlyStopping, Verdict
-from miles_fast.training.engine import EngineSettings, build_engine, gradient_norm, init_process_group
+from miles_fast.training.engine import build_engine, gradient_norm, init_process_group
 from miles_fast.training.graphs import capture_passes, sample_inputs
 from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.memory_report import OutOfMemory, is_out_of_memory, memory_report

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from miles_fast.distributed import rank
-from miles_fast.training.engine import EngineSettings
+from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.engine_state import own_state
 from miles_fast.training.snapshot import Snapshot
 

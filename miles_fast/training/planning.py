@@ -15,7 +15,7 @@ import torch
 
 from miles_fast.config import Config
 from miles_fast.models.dual_encoder import build_dual_encoder
-from miles_fast.training.engine import EngineSettings
+from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.objective import Objective
 
 GIB = 2**30

@@ -16,8 +16,8 @@ from miles_fast.data.loader import Loader
 from miles_fast.distributed import gather_objects, logger, rank
 from miles_fast.models.dual_encoder import DualEncoder
 from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
+from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.early_stopping import EarlyStopping
-from miles_fast.training.engine import EngineSettings
 from miles_fast.training.manifest import CheckpointError
 from miles_fast.training.numerics import LossGuard, NumericsError, SkippedData
 from miles_fast.training.progress import StepLog

@@ -14,7 +14,7 @@ from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder
 from miles_fast.models.fp8 import use_fp8
 from miles_fast.models.storage import PRETRAINING, load_weights, read_description, read_weights
 from miles_fast.training.checkpoint import model_folder
-from miles_fast.training.engine import EngineSettings
+from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.objective import Objective
 from miles_fast.training.snapshot import Snapshot
 

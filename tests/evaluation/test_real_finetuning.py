@@ -41,7 +41,7 @@ from miles_fast.models.caption_tokens import CaptionEncoder
 from miles_fast.models.dual_encoder import build_dual_encoder, unit
 from miles_fast.models.storage import write_model
 from miles_fast.models.text_encoder import load_tokenizer
-from miles_fast.training.engine import check_ds_config
+from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.loop import pretrain
 
 WEIGHTS = Path(os.environ.get("MILES_FAST_WEIGHTS", "nowhere"))

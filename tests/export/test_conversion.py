@@ -65,7 +65,7 @@ def test_frozen_names_its_text_projection_otherwise(ours, data, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_from_a_zero_checkpoint_directly(data, tmp_path, stage):
-    from miles_fast.training.engine import check_ds_config
+    from miles_fast.training.ds_config import check_ds_config
     from miles_fast.training.loop import pretrain
 
     seen = []

@@ -23,7 +23,7 @@ from miles_fast.data.loader import Loader  # noqa: E402
 from miles_fast.distributed import configure_logging, rank, world_size  # noqa: E402
 from miles_fast.evaluation.validation import validation  # noqa: E402
 from miles_fast.training import loop  # noqa: E402
-from miles_fast.training.engine import check_ds_config  # noqa: E402
+from miles_fast.training.ds_config import check_ds_config  # noqa: E402
 from miles_fast.training.numerics import LossGuard  # noqa: E402
 from miles_fast.training.saving import Saver  # noqa: E402
 from miles_fast.training.signals import STOPPED, Stopped  # noqa: E402

@@ -25,7 +25,8 @@ from tiny import ds_tree, tiny_tree, write_data, write_frames  # noqa: E402
 from miles_fast.config import Config, load_config  # noqa: E402
 from miles_fast.data.demo_corpus import Recipe, build_demo_corpus  # noqa: E402
 from miles_fast.data.loader import Loader  # noqa: E402
-from miles_fast.training.engine import check_ds_config, init_process_group  # noqa: E402
+from miles_fast.training.ds_config import check_ds_config  # noqa: E402
+from miles_fast.training.engine import init_process_group  # noqa: E402
 from miles_fast.training.loop import pretrain  # noqa: E402
 from miles_fast.training.saving import Saver  # noqa: E402
 from miles_fast.training.signals import Stopped  # noqa: E402

@@ -22,7 +22,8 @@ from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training import saving
 from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
-from miles_fast.training.engine import build_engine, check_ds_config, init_process_group
+from miles_fast.training.ds_config import check_ds_config
+from miles_fast.training.engine import build_engine, init_process_group
 from miles_fast.training.engine_state import pieces
 from miles_fast.training.manifest import MANIFEST, CheckpointError, digest
 from miles_fast.training.objective import Objective

@@ -12,7 +12,7 @@ from tiny import ds_tree, tiny_config
 
 from miles_fast.training import checkpoint, loop
 from miles_fast.training.checkpoint import find_checkpoint
-from miles_fast.training.engine import check_ds_config
+from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.memory_report import OutOfMemory
 from miles_fast.training.progress import StepLog, read_log
 from miles_fast.training.signals import HUNG, STOPPED, exit_with_status

@@ -9,7 +9,8 @@ from tiny import ds_tree, tiny_config
 from torch import nn
 
 from miles_fast.training import loop
-from miles_fast.training.engine import build_engine, check_ds_config, init_process_group
+from miles_fast.training.ds_config import check_ds_config
+from miles_fast.training.engine import build_engine, init_process_group
 from miles_fast.training.engine_state import pieces
 from miles_fast.training.loop import pretrain
 from miles_fast.training.numerics import (

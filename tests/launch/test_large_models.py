@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_tree, write_data
 
 from miles_fast.config import load_config
-from miles_fast.training.engine import read_ds_config
+from miles_fast.training.ds_config import read_ds_config
 from miles_fast.training.planning import Links, Measured, model_sizes, plan
 from miles_fast.training.progress import read_log
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import ds_tree, tiny_config
 
 from miles_fast.config import load_config
-from miles_fast.training.engine import check_ds_config
+from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.planning import (
     Links,
     Measured,

@@ -27,11 +27,8 @@ from miles_fast.distributed import barrier, rank, sum_over_ranks, world_size  # 
 from miles_fast.models.dual_encoder import build_dual_encoder  # noqa: E402
 from miles_fast.models.text_encoder import load_tokenizer  # noqa: E402
 from miles_fast.training import engine as engine_module  # noqa: E402
-from miles_fast.training.engine import (  # noqa: E402
-    build_engine,
-    check_ds_config,
-    init_process_group,
-)
+from miles_fast.training.ds_config import check_ds_config  # noqa: E402
+from miles_fast.training.engine import build_engine, init_process_group  # noqa: E402
 from miles_fast.training.loop import train_step  # noqa: E402
 from miles_fast.training.losses import contrastive_loss  # noqa: E402
 from miles_fast.training.objective import Objective  # noqa: E402

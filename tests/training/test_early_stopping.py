@@ -10,8 +10,8 @@ from tiny import ds_tree, tiny_config, write_data
 
 from miles_fast.config import ConfigError
 from miles_fast.training import loop
+from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.early_stopping import EarlyStopping, r_sum
-from miles_fast.training.engine import check_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.manifest import CheckpointError
 from miles_fast.training.progress import read_log

@@ -14,7 +14,8 @@ from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training import engine as engine_module
 from miles_fast.training.checkpoint import model_folder
-from miles_fast.training.engine import build_engine, check_ds_config, init_process_group, parameter_groups
+from miles_fast.training.ds_config import check_ds_config
+from miles_fast.training.engine import build_engine, init_process_group, parameter_groups
 from miles_fast.training.loop import pretrain
 from miles_fast.training.progress import read_log
 

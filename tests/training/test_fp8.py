@@ -14,7 +14,7 @@ import miles_fast
 from miles_fast.config import ConfigError
 from miles_fast.export.run import export_run
 from miles_fast.models.fp8 import use_fp8
-from miles_fast.training.engine import check_ds_config
+from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.progress import read_log
 

@@ -10,7 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 
 from miles_fast.config import ConfigError
 from miles_fast.models.dual_encoder import build_dual_encoder
-from miles_fast.training.engine import check_ds_config
+from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.graphs import sample_inputs
 from miles_fast.training.loop import pretrain
 from miles_fast.training.objective import Objective

@@ -15,7 +15,8 @@ import miles_fast
 from miles_fast.config import ConfigError
 from miles_fast.export.run import export_run
 from miles_fast.training import saving
-from miles_fast.training.engine import check_ds_config, init_process_group, launched_ranks
+from miles_fast.training.ds_config import check_ds_config
+from miles_fast.training.engine import init_process_group, launched_ranks
 from miles_fast.training.loop import pretrain
 from miles_fast.training.manifest import CheckpointError
 from miles_fast.training.progress import read_log
