@@ -48,7 +48,7 @@ class DividedAttention(nn.Module):
         qkv_BN3HS = qkv_BND.unflatten(-1, (3, self.heads, -1))
         attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend, bias)
         if rows_BM is not None:
-            attended_BND = token_gather(attended_BND, rows_BM)
+            attended_BND = _rows(attended_BND, rows_BM)
         return _linear(self.proj, attended_BND, bias_gets_gradient)
 
 
@@ -94,10 +94,15 @@ class Block(nn.Module):
         normed, _ = _add_and_normalize(x_BND, attended, self.norm1, biases, with_total=False)
         attended = self.attn(normed, num_frames, rows_BM, bias_gets_gradient=own)
         if rows_BM is not None:
-            x_BND = token_gather(x_BND, rows_BM)
+            x_BND = _rows(x_BND, rows_BM)
         biases = None if own else (self.attn.proj.bias, self.mlp.fc2.bias)
         normed, space = _add_and_normalize(x_BND, attended, self.norm2, biases)
         return space + self.mlp(normed, bias_gets_gradient=own)
+
+
+def _rows(x_BND: Tensor, rows_BM: Tensor) -> Tensor:
+    """Of rows in one list, (1, M), the clips' tokens are one clip's."""
+    return token_gather(x_BND.reshape(len(rows_BM), -1, x_BND.shape[-1]), rows_BM)
 
 
 def _add_and_normalize(
@@ -202,7 +207,8 @@ class SpaceTimeTransformer(nn.Module):
         (BEiT's convention, inferred). `with_unmasked` appends the same clips unmasked to the batch (view B):
         (2 B, ...), one patch embedding for both. `visible_BK` names the only patches that are encoded (view
         D: the same positions in every frame, ascending; N is then 1 + K). `rows_BM` counts [CLS] as 0 and
-        must be distinct within a clip.
+        must be distinct within a clip; (1, M) counts on from clip to clip, for clips of which other rows, or
+        other numbers of them, are wanted.
         """
         num_frames = video_BTCHW.shape[1]
         x_BND = self.embed(video_BTCHW, masked_BN, mask_token, with_unmasked)

@@ -106,18 +106,22 @@ class Objective(nn.Module):
         return marked_BN.scatter_(1, masked_BM, 1)
 
     def _encode_masked(self, video: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
-        batch = video.shape[0]
         masked_BN = self._marked(video, masked_BM, torch.bool)
         both = self.method.view == "B"
-        rows = F.pad(masked_BM + 1, (1, 0))
+        if both:
+            # One list of rows: the masked ones of the first half of the batch, [CLS] of the other.
+            batch, num_tokens = video.shape[0], 1 + masked_BN.shape[1]
+            first_B = num_tokens * torch.arange(2 * batch, device=video.device)
+            masked = (1 + masked_BM + first_B[:batch, None]).flatten()
+            rows_BM = torch.cat([masked, first_B[batch:]])[None]
+        else:
+            rows_BM = F.pad(masked_BM + 1, (1, 0))
         tokens = self.model.video_model(
-            video,
-            masked_BN=masked_BN,
-            mask_token=self.mask_token,
-            with_unmasked=both,
-            rows_BM=torch.cat([rows, rows]) if both else rows,
+            video, masked_BN=masked_BN, mask_token=self.mask_token, with_unmasked=both, rows_BM=rows_BM
         )
-        return tokens[-batch:, 0], tokens[:batch, 1:]
+        if both:
+            return tokens[0, -batch:], tokens[0, :-batch].unflatten(0, masked_BM.shape)
+        return tokens[:, 0], tokens[:, 1:]
 
     def _encode_visible(self, video: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
         masked_BN = self._marked(video, masked_BM, torch.uint8)

@@ -1,5 +1,7 @@
 """The video encoder against the official golden vectors (spec/miles.md 9.4), timm and the definition."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -177,11 +179,14 @@ def test_masked_patches_do_not_see_their_pixels_and_rows_are_picked():
         one = encoder(video, masked_BN=masked, mask_token=token)
         two = encoder(other, masked_BN=masked, mask_token=token)
         picked = encoder(video, masked_BN=masked, mask_token=token, rows_BM=torch.tensor([[0, 4, 20]]))
-        both = encoder(video, masked_BN=masked, mask_token=token, with_unmasked=True)
+        pair = partial(encoder, video, masked_BN=masked, mask_token=token, with_unmasked=True)
+        both, listed = pair(), pair(rows_BM=torch.tensor([[4, 20, 33]]))
         plain = encoder(video)
     torch.testing.assert_close(one, two, atol=0, rtol=0)
     torch.testing.assert_close(picked[0], one[0, [0, 4, 20]], atol=1e-6, rtol=0)
     torch.testing.assert_close(both, torch.cat([one, plain]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(listed[0, :2], one[0, [4, 20]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(listed[0, 2], plain[0, 0], atol=1e-5, rtol=0)
     assert (plain - one).abs().max() > 1e-3
 
 

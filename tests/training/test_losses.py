@@ -19,6 +19,7 @@ from miles_fast.config import (
 from miles_fast.models.dual_encoder import DualEncoder, unit
 from miles_fast.models.flops import predictor_flops, training_flops, video_flops
 from miles_fast.training.losses import contrastive_loss
+from miles_fast.training.objective import Objective
 from miles_fast.training.snapshot import Snapshot
 
 TEXT = torch.tensor(
@@ -155,6 +156,22 @@ def test_targets_are_the_full_clips_masked_patches_projected_when_asked():
             device=torch.device("cpu"),
         )
         torch.testing.assert_close(snapshot.encode(video, masked), expected)
+
+
+@pytest.mark.parametrize("view", ["A", "B"])
+def test_contrast_and_regression_get_their_rows_of_their_pass(view):
+    torch.manual_seed(0)
+    objective = Objective(student(), MethodConfig(view=view), 2).eval()
+    video = torch.randn(3, 2, 3, 16, 16)
+    masked_BM = torch.stack([torch.randperm(8)[:3] for _ in video])
+    masked_BN = torch.zeros(3, 8, dtype=torch.bool).scatter_(1, masked_BM, True)
+    encoder = objective.model.video_model
+    masked = encoder(video, masked_BN=masked_BN, mask_token=objective.mask_token)
+    contrasted = masked if view == "A" else encoder(video)
+    cls_BD, features_BMD = objective._encode_masked(video, masked_BM)
+    torch.testing.assert_close(cls_BD, contrasted[:, 0])
+    expected = torch.stack([clip[1 + rows] for clip, rows in zip(masked, masked_BM, strict=True)])
+    torch.testing.assert_close(features_BMD, expected)
 
 
 def test_flops_are_the_specs():
