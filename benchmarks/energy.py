@@ -21,7 +21,9 @@ def joules() -> float | None:
 
     torch.cuda.synchronize()
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    # By its UUID: CUDA_VISIBLE_DEVICES gives torch other numbers than the driver's.
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
     return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
 
