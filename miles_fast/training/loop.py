@@ -86,6 +86,7 @@ def pretrain(
             student = WholeStudent(objective.model, settings.stage if evaluate else 0)
             watchdog.report("building the engine")
             engine = build_engine(objective, settings)
+            stack.callback(_release, engine)
             torch.manual_seed(config.run.seed + 1 + rank())
             if checkpoint:
                 watchdog.report(f"restoring {checkpoint}")
@@ -139,6 +140,13 @@ def pretrain(
             if "gloo" in str(error) or isinstance(error, torch.distributed.DistError):
                 watchdog.await_verdict()
             raise
+
+
+def _release(engine: Any) -> None:
+    """Take DeepSpeed's hooks off the weights: they keep the engine, and its memory, for the process' life."""
+    # It waits for the GPU: where that has failed, what failed first is what is to be told.
+    with contextlib.suppress(RuntimeError):
+        engine.destroy()
 
 
 def _open_loader(

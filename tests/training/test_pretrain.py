@@ -1,9 +1,11 @@
 """Whole tiny runs: resume, views, sources, checkpoints, export, and refusals."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from tiny import ds_tree, tiny_config, write_data, write_frames
 import miles_fast
 from miles_fast.config import ConfigError
 from miles_fast.export.run import export_run
-from miles_fast.training import saving
+from miles_fast.training import loop, saving
 from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.engine import init_process_group, launched_ranks
 from miles_fast.training.loop import pretrain
@@ -125,6 +127,22 @@ def test_stages_chain_and_sources_alternate(root, tmp_path):
     two = weights(tmp_path / "two" / "checkpoints" / "step-00000001")[0]
     assert one.keys() == two.keys() and "pretraining.mask_token" in one
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])  # DeepSpeed keeps what ZeRO 3 hooked into
+def test_nothing_stays_of_a_run_that_ended(root, tmp_path, monkeypatch, stage):
+    alive = []
+
+    def build_engine(*arguments):
+        engine = build(*arguments)
+        alive.extend(weakref.ref(one) for one in (engine, engine.module, engine.module.model))
+        return engine
+
+    build = loop.build_engine
+    monkeypatch.setattr(loop, "build_engine", build_engine)
+    train(tiny_config(root, run={"folder": str(tmp_path), "steps": 1}), stage=stage)
+    gc.collect()
+    assert alive and not any(one() for one in alive)
 
 
 def test_export_loads_and_gives_the_same_embeddings(root, tmp_path):
