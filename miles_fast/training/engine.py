@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import partial
 from typing import Any
@@ -76,6 +77,18 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
         _skip_non_finite(engine.optimizer)
     use_flat_gradients(engine.optimizer, in_parts=not any(key in settings.tree for key in _REDUCTION_KEYS))
     return engine
+
+
+def release_engine(engine: Any) -> None:
+    """Take DeepSpeed's hooks off the weights: they keep the engine, and its memory, for the process' life."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    # It waits for the GPU: where that has failed, what failed first is what is to be told.
+    with contextlib.suppress(RuntimeError):
+        engine.destroy()
+    # ZeRO 3 puts every engine's module there for good.
+    modules = getattr(parameter_offload, "FWD_MODULE_STACK", [])
+    modules[:] = [module for module in modules if module is not engine.module]
 
 
 def parameter_groups(objective: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:

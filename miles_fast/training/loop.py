@@ -24,7 +24,7 @@ from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
 from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.early_stopping import EarlyStopping, Verdict
-from miles_fast.training.engine import build_engine, gradient_norm, init_process_group
+from miles_fast.training.engine import build_engine, gradient_norm, init_process_group, release_engine
 from miles_fast.training.graphs import capture_passes, sample_inputs
 from miles_fast.training.masks import draw_step_masks
 from miles_fast.training.memory_report import OutOfMemory, is_out_of_memory, memory_report
@@ -86,7 +86,7 @@ def pretrain(
             student = WholeStudent(objective.model, settings.stage if evaluate else 0)
             watchdog.report("building the engine")
             engine = build_engine(objective, settings)
-            stack.callback(_release, engine)
+            stack.callback(release_engine, engine)
             torch.manual_seed(config.run.seed + 1 + rank())
             if checkpoint:
                 watchdog.report(f"restoring {checkpoint}")
@@ -140,13 +140,6 @@ def pretrain(
             if "gloo" in str(error) or isinstance(error, torch.distributed.DistError):
                 watchdog.await_verdict()
             raise
-
-
-def _release(engine: Any) -> None:
-    """Take DeepSpeed's hooks off the weights: they keep the engine, and its memory, for the process' life."""
-    # It waits for the GPU: where that has failed, what failed first is what is to be told.
-    with contextlib.suppress(RuntimeError):
-        engine.destroy()
 
 
 def _open_loader(

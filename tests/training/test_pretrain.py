@@ -129,7 +129,7 @@ def test_stages_chain_and_sources_alternate(root, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])  # DeepSpeed keeps what ZeRO 3 hooked into
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_nothing_stays_of_a_run_that_ended(root, tmp_path, monkeypatch, stage):
     alive = []
 
