@@ -47,8 +47,8 @@ from miles_fast.kernels.space_attention_kernels import (
 # (P + 1, S), each rounded up to a power of two -> (query rows, key rows, warps per program, pipeline stages,
 # most registers per thread or None), for 16-bit numbers; read at every call.
 # Measured on an H100 at 256 frames of 196 patches and 12 heads, bf16, by `python benchmarks/micro.py --op
-# space_attention --first --sweep`: forward 0.178 ms. 64 rows on 4 warps are one wgmma tile; what a frame's
-# 197 rows leave, five, is a tile of 16.
+# space_attention --first --sweep` (benchmarks/results/h100-space-sweep.json): forward 0.178 ms. 64 rows on 4
+# warps are one wgmma tile; what a frame's 197 rows leave, five, is a tile of 16.
 LAUNCH_FORWARD = {(256, 64): (64, 32, 4, 4, None)}
 LAUNCH_BACKWARD_QUERY = {(256, 64): (128, 32, 4, 3, None)}
 LAUNCH_BACKWARD_KEY = {(256, 64): (32, 64, 4, 4, None)}

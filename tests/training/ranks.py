@@ -28,7 +28,7 @@ from miles_fast.models.dual_encoder import build_dual_encoder  # noqa: E402
 from miles_fast.models.text_encoder import load_tokenizer  # noqa: E402
 from miles_fast.training import engine as engine_module  # noqa: E402
 from miles_fast.training.ds_config import check_ds_config  # noqa: E402
-from miles_fast.training.engine import build_engine, init_process_group  # noqa: E402
+from miles_fast.training.engine import build_engine, init_process_group, release_engine  # noqa: E402
 from miles_fast.training.loop import train_step  # noqa: E402
 from miles_fast.training.losses import contrastive_loss  # noqa: E402
 from miles_fast.training.objective import Objective  # noqa: E402
@@ -73,7 +73,7 @@ def bf16_run(root: Path, device: torch.device, *, flat: bool) -> dict:
         engine.step()
         norms.append(float(engine.get_global_grad_norm()))
     weights = {name: tensor.tolist() for name, tensor in full_weights(engine).items()}
-    engine.destroy()
+    release_engine(engine)
     return {"norms": norms, "weights": weights}
 
 

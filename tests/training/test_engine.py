@@ -15,7 +15,7 @@ from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training import engine as engine_module
 from miles_fast.training.checkpoint import model_folder
 from miles_fast.training.ds_config import check_ds_config
-from miles_fast.training.engine import build_engine, init_process_group, parameter_groups
+from miles_fast.training.engine import build_engine, init_process_group, parameter_groups, release_engine
 from miles_fast.training.loop import pretrain
 from miles_fast.training.progress import read_log
 
@@ -53,7 +53,7 @@ def run(root, accumulation, clipping):
         engine.step()
         norms.append(float(engine.get_global_grad_norm() or 0.0))
     masters = [partition.detach().clone() for partition in engine.optimizer.fp32_groups_flat_partition]
-    engine.destroy()
+    release_engine(engine)
     return norms, masters
 
 
@@ -78,7 +78,7 @@ def test_a_gradient_that_is_not_finite_still_stops_the_step(root):
     assert engine.optimizer.overflow
     assert all(map(torch.equal, before, engine.optimizer.fp32_groups_flat_partition))
     assert all(not flat.any() for flat in engine.optimizer.fp32_groups_gradients_flat)
-    engine.destroy()
+    release_engine(engine)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
