@@ -108,20 +108,15 @@ class Objective(nn.Module):
     def _encode_masked(self, video: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
         masked_BN = self._marked(video, masked_BM, torch.bool)
         both = self.method.view == "B"
-        if both:
-            # One list of rows: the masked ones of the first half of the batch, [CLS] of the other.
-            batch, num_tokens = video.shape[0], 1 + masked_BN.shape[1]
-            first_B = num_tokens * torch.arange(2 * batch, device=video.device)
-            masked = (1 + masked_BM + first_B[:batch, None]).flatten()
-            rows_BM = torch.cat([masked, first_B[batch:]])[None]
-        else:
-            rows_BM = F.pad(masked_BM + 1, (1, 0))
+        # One list of rows of the whole batch: all masked ones, then [CLS], with B of the clips as they are.
+        batch, num_tokens = video.shape[0], 1 + masked_BN.shape[1]
+        first_B = num_tokens * torch.arange(batch, device=video.device)
+        masked = (1 + masked_BM + first_B[:, None]).flatten()
+        rows = torch.cat([masked, first_B + batch * num_tokens if both else first_B])
         tokens = self.model.video_model(
-            video, masked_BN=masked_BN, mask_token=self.mask_token, with_unmasked=both, rows_BM=rows_BM
-        )
-        if both:
-            return tokens[0, -batch:], tokens[0, :-batch].unflatten(0, masked_BM.shape)
-        return tokens[:, 0], tokens[:, 1:]
+            video, masked_BN=masked_BN, mask_token=self.mask_token, with_unmasked=both, rows_BM=rows[None]
+        )[0]
+        return tokens[-batch:], tokens[:-batch].unflatten(0, masked_BM.shape)
 
     def _encode_visible(self, video: Tensor, masked_BM: Tensor) -> tuple[Tensor, Tensor]:
         masked_BN = self._marked(video, masked_BM, torch.uint8)
