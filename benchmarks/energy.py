@@ -1,49 +1,77 @@
-"""What the GPU draws while a loop takes batches, from the driver's own counter."""
+"""What the GPU draws and how fast its clock runs while a loop takes batches, as the driver tells."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import itertools
+import statistics
+import threading
 from collections.abc import Generator
+from typing import Any
 
 import torch
 
 from miles_fast.data.batches import Batch
 from miles_fast.data.loader import Loader
 
+SECONDS_BETWEEN_CLOCKS = 0.02
 
-def joules() -> float | None:
-    """Energy that the current GPU has used since the driver was loaded; None where nothing tells."""
+
+def driver_handle() -> Any:
+    """The driver's (pynvml's) handle of the current GPU; None where there is none."""
     if not torch.cuda.is_available() or importlib.util.find_spec("pynvml") is None:
         return None
     import pynvml
 
-    torch.cuda.synchronize()
     pynvml.nvmlInit()
     # By its UUID: CUDA_VISIBLE_DEVICES gives torch other numbers than the driver's.
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+
+
+def joules() -> float | None:
+    """Energy that the current GPU has used since the driver was loaded; None where nothing tells."""
+    handle = driver_handle()
+    if handle is None:
+        return None
+    import pynvml
+
+    torch.cuda.synchronize()
     return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
 
 class EnergyMeter:
-    """Deals a loader's batches; reads the counter when batch `warmup` and the last of `count` are asked for.
+    """Deals a loader's batches; measures from when batch `warmup` is asked for until the last of `count` is.
 
-    What comes behind the last step (a checkpoint, say) is not counted.
+    What comes behind the last step (a checkpoint, say) is not counted. `megahertz` is the mean clock of the
+    multiprocessors.
     """
 
     def __init__(self, warmup: int, count: int) -> None:
         self._warmup, self._last = warmup, count - 1
         self.joules_per_batch: float | None = None
+        self.megahertz: float | None = None
 
     def deal(self, loader: Loader, first_step: int) -> Generator[Batch, None, None]:
         """The loader's batches."""
-        start = None
-        with contextlib.closing(loader.batches(first_step)) as batches:
+        start, ended = None, threading.Event()
+        with contextlib.closing(loader.batches(first_step)) as batches, contextlib.ExitStack() as stack:
+            stack.callback(ended.set)
             for number in itertools.count():
                 if number == self._warmup:
                     start = joules()
+                    if start is not None:
+                        threading.Thread(target=self._watch_clock, args=(ended,), daemon=True).start()
                 if number == self._last and start is not None:
                     self.joules_per_batch = (joules() - start) / (number - self._warmup)
+                    ended.set()
                 yield next(batches)  # held here, a batch would be freed while the next one is waited for
+
+    def _watch_clock(self, ended: threading.Event) -> None:
+        import pynvml
+
+        handle, seen = driver_handle(), []
+        while not ended.wait(SECONDS_BETWEEN_CLOCKS):
+            seen.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
+            self.megahertz = statistics.fmean(seen)

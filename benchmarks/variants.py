@@ -2,7 +2,7 @@
 
 What no key and no op's dispatch decides cannot be switched off, and is in every row: flat gradients, the
 student's passes of view B in one batch, the last block's rows alone, the texts beside the videos in a CUDA
-graph, the absence of host synchronisation.
+graph, a host that waits for the GPU in DeepSpeed's norm only.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class Row:
     mfu: float | None
     memory_gib: float | None
     joules_per_clip: float | None
+    megahertz: float | None
     start_seconds: float | None
 
 
@@ -169,7 +170,7 @@ def _ran_out(error: BaseException | None) -> bool:
 
 
 def _measure(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row:
-    records, joules_per_clip = train_variant(variant, experiment, log_every=5)
+    records, meter = train_variant(variant, experiment, log_every=5)
     start_seconds = records[0].get("start_seconds") if fresh else None
     records = [record for record in records if record["step"] > WARMUP]
     names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
@@ -179,11 +180,13 @@ def _measure(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row:
     config = experiment.config(variant)
     data = config.data
     flops = training_flops(config.model, config.method, data.frames_per_clip, data.caption_tokens)
+    batch = experiment.ds_tree["train_micro_batch_size_per_gpu"]
     return Row(
         name=variant.name,
         tflops_per_second=medians["clips_per_second"] * flops / 1e12,
-        batch=experiment.ds_tree["train_micro_batch_size_per_gpu"],
-        joules_per_clip=joules_per_clip,
+        batch=batch,
+        joules_per_clip=None if meter.joules_per_batch is None else meter.joules_per_batch / batch,
+        megahertz=meter.megahertz,
         start_seconds=start_seconds,
         **medians,
     )
@@ -191,8 +194,8 @@ def _measure(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row:
 
 def train_variant(
     variant: Variant, experiment: Experiment, *, log_every: int
-) -> tuple[list[dict[str, Any]], float | None]:
-    """Records of a training run's log, and joules per clip behind the warm-up where the driver tells."""
+) -> tuple[list[dict[str, Any]], EnergyMeter]:
+    """Records of a training run's log, and what the driver told behind the warm-up."""
     cuda = torch.cuda.is_available()
     torch._dynamo.reset()
     gc.collect()
@@ -208,8 +211,7 @@ def train_variant(
         meter = EnergyMeter(WARMUP * settings.accumulation, steps * settings.accumulation)
         pretrain(config, settings, deal=meter.deal)
         records = [record for record in read_log(Path(config.run.folder)) if "loss" in record]
-    joules = meter.joules_per_batch
-    return records, None if joules is None else joules / settings.batch
+    return records, meter
 
 
 @contextlib.contextmanager
@@ -234,7 +236,7 @@ def table(rows: Sequence[Row | Failure]) -> str:
     """The rows for people, each with its speed against the first that ran."""
     first = next((row for row in rows if isinstance(row, Row)), None)
     speeds = ("clips/s", "of first", "ms", "data ms", "TFLOP/s", "MFU %")
-    columns = ("batch", *speeds, "GiB", "J/clip", "start s")
+    columns = ("batch", *speeds, "GiB", "J/clip", "MHz", "start s")
     lines = [f"{'':<46}" + "".join(f"{column:>10}" for column in columns)]
     for row in rows:
         if isinstance(row, Failure):
@@ -250,6 +252,7 @@ def table(rows: Sequence[Row | Failure]) -> str:
             None if row.mfu is None else 100 * row.mfu,
             row.memory_gib,
             row.joules_per_clip,
+            row.megahertz,
             row.start_seconds,
         )
         lines.append(f"{row.name:<46}" + "".join(map(_cell, shown)))

@@ -1,14 +1,17 @@
 """The throughput programs on the tiny model, and the doctor's words on made-up measurements."""
 
+import contextlib
 import json
 import os
 import re
 import sys
+import threading
 import time
 import weakref
 from dataclasses import replace
 from math import log10
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +182,35 @@ def test_the_encoder_alone(root, monkeypatch):
     way = ("sdpa", torch.float32, config.run)
     row = model_speed._measure(config, 4, 3, torch.device("cpu"), "made up", *way)
     assert row.joules_per_clip == 2 and model_speed.table([row]).endswith("2.00")
+
+
+def test_energy_and_clock_are_those_between_the_warm_up_and_the_last_batch(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import energy
+
+    asked, ended, last = 0, threading.Event(), 7
+
+    def clock(*_):
+        if asked == 0 or asked > last:
+            ended.set()  # too early, or too late
+        return 1000 + asked
+
+    driver = SimpleNamespace(nvmlDeviceGetClockInfo=clock, NVML_CLOCK_SM=1)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(energy, "driver_handle", lambda: "GPU")
+    monkeypatch.setattr(energy, "joules", lambda: 10.0 * asked)
+
+    def batches(first_step):
+        while True:
+            yield first_step
+
+    meter = energy.EnergyMeter(3, last + 1)
+    with contextlib.closing(meter.deal(SimpleNamespace(batches=batches), 0)) as dealt:
+        for _ in range(last + 3):
+            assert next(dealt) == 0
+            time.sleep(3 * energy.SECONDS_BETWEEN_CLOCKS)
+            asked += 1
+    assert meter.joules_per_batch == 10 and 1003 <= meter.megahertz <= 1006.5 and not ended.is_set()
 
 
 def test_ablations_change_one_thing_each(root, monkeypatch):
