@@ -143,6 +143,9 @@ TOKEN_GATHER_TRAINER = (
     TokenGatherCase(B=128, N=785, M=393, D=768, dtype=_FULL),
     TokenGatherCase(B=256, N=197, M=99, D=768, dtype=_HALF),
     TokenGatherCase(B=128, N=785, M=393, D=384, dtype=_HALF),
+    # As view A takes the last block's rows, of 128 clips in one list, and view D its visible patches.
+    TokenGatherCase(B=1, N=128 * 785, M=128 * 393, D=768, dtype=_HALF),
+    TokenGatherCase(B=256, N=785, M=197, D=768, dtype=_HALF),
 )
 TOKEN_GATHER_SMALL = (
     TokenGatherCase(B=2, N=12, M=5, D=96, dtype=_FULL),
