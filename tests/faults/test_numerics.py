@@ -108,10 +108,10 @@ def test_bad_steps_of_one_rank_in_a_row_take_all_ranks_back(start, tmp_path, fin
     finding("F6", f"{kind} on one of two ranks, {precision}: skipped on both, after 2 in a row both go back")
 
 
-def train(root, folder, deal, **run):
+def train(root, folder, deal, resume=None, **run):
     config = tiny_config(root, run={"folder": str(folder), **run})
     settings = check_ds_config(ds_tree(stage=1), "ds", config, cuda=False, ranks=1)
-    pretrain(config, settings, deal=deal)
+    pretrain(config, settings, resume=resume, deal=deal)
     return read_log(folder)
 
 
@@ -143,6 +143,16 @@ def test_after_some_bad_steps_in_a_row_it_goes_back_and_leaves_their_data_out(ro
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert state["step"] == 6 and state["skipped_data"] == [[4, 6]]
     finding("F6", "after K in a row it goes back and leaves their data out")
+
+
+@pytest.mark.parametrize("folder", ["run", "other"])
+def test_a_resumed_run_goes_back_to_what_it_resumed_from_until_it_saves(root, tmp_path, folder):
+    options = {"steps": 6, "save_every": 2, "max_skipped_steps": 2, "keep_checkpoints": 9}
+    train(root, tmp_path / "run", spoiled(set(), []), **options)
+    start, seen = tmp_path / "run" / "checkpoints" / "step-00000002", []
+    log = train(root, tmp_path / folder, spoiled({2, 3, 6, 7}, seen), resume=str(start), **options)
+    assert [r["rolled_back_to"] for r in log if "rolled_back_to" in r] == [2, 4]
+    assert seen == list(range(2, 10))
 
 
 def test_it_gives_up_when_going_back_does_not_help(root, tmp_path):
