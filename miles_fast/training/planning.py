@@ -112,9 +112,13 @@ def sent_bytes(config: Config, sizes: Sizes, settings: EngineSettings, gpus: int
     micro = settings.accumulation
     times = {0: 2, 1: 3, 2: micro + 1, 3: 3 * micro}[settings.stage]
     state = times * width * sizes.trained
-    rows = gpus * settings.batch * 2 * config.model.embedding * width
     follow = width * sizes.snapshot if settings.stage == 3 else 0
-    return part * state, part * (3 * rows * micro + follow)
+    return part * state, part * (3 * _rows_bytes(config, settings, gpus) * micro + follow)
+
+
+def _rows_bytes(config: Config, settings: EngineSettings, gpus: int) -> int:
+    """Texts and videos of all ranks, which the contrast takes in float32 (`unit`)."""
+    return gpus * settings.batch * 2 * config.model.embedding * 4
 
 
 def _sums_float32(settings: EngineSettings) -> bool:

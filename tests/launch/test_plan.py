@@ -45,7 +45,9 @@ def test_memory_and_traffic_by_hand(tmp_path):
     assert state_bytes(sizes, settings_of(config, 2, "bf16"), 4) == 1000 * (2 + 2 / 4 + 12 / 4) + 600
     exchanged, contrast = sent_bytes(config, sizes, settings_of(config, 1), 4)
     assert exchanged == 0.75 * 1000 * (4 + 2)
-    assert contrast == 0.75 * 3 * (4 * 64 * 2 * 16 * 2)
+    assert contrast == 0.75 * 3 * (4 * 64 * 2 * 16 * 4)
+    rest = sent_bytes(config, sizes, settings_of(config, 3), 4)[1]
+    assert rest == contrast + 0.75 * 100 * 2  # the student's bf16 weights, for the snapshot
     assert sent_bytes(config, sizes, settings_of(config, 3, accumulation=2), 2)[0] == 0.5 * 1000 * 6 * 2
     assert sent_bytes(config, sizes, settings_of(config, 1), 1) == (0, 0)
 
@@ -75,6 +77,11 @@ def test_the_program_compares_with_what_was_measured(tmp_path, capsys, monkeypat
     program.main()
     out = capsys.readouterr().out
     assert "180.9 M parameters" in out and "measured 780: predicted +" in out and "1024 GPUs" in out
+    rows = [{"gpus": 1, "clips_per_second": 555.0}]
+    (tmp_path / "rows.json").write_text(json.dumps({"batch": 128, "scaling": rows}))
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--measured", f"1={tmp_path / 'rows.json'}"])
+    with pytest.raises(ValueError, match="rows.json: measured with 128 clips.*zero1.json has .* = 64; give"):
+        program.main()
     monkeypatch.setattr(sys, "argv", ["plan.py", "--measured", "2=nowhere.jsonl"])
     with pytest.raises(OSError):
         program.main()
