@@ -74,7 +74,7 @@ def _measurement(text: str, settings: EngineSettings, ds_config: str) -> tuple[i
     if batch != settings.batch:
         raise ValueError(
             f"{file}: measured with {batch} clips a GPU, but {ds_config} has "
-            f"train_micro_batch_size_per_gpu = {settings.batch}; give --ds_config the measured json"
+            f"train_micro_batch_size_per_gpu = {settings.batch}; name the measured one with --ds_config"
         )
     records = [r for r in records if "clips_per_second" in r]
     steady = records[len(records) // 3 :]  # behind compiling and warming up
@@ -97,9 +97,15 @@ def _row(found: Plan, seen: Measured | None) -> str:
         f"{found.clips_per_second:>10,.0f} clips/s  {100 * found.efficiency:5.1f} %"
     )
     if seen is not None:
-        error = 100 * (found.clips_per_second / seen.clips_per_second - 1)
-        row += f"  measured {seen.clips_per_second:,.0f}: predicted {error:+.1f} %"
+        row += f"  measured {seen.clips_per_second:,.0f} clips/s: predicted "
+        row += _error(found.clips_per_second, seen.clips_per_second)
+        if found.memory_gib is not None and seen.memory_gib is not None:
+            row += f", {seen.memory_gib:.1f} GiB: predicted {_error(found.memory_gib, seen.memory_gib)}"
     return row
+
+
+def _error(predicted: float, measured: float) -> str:
+    return f"{100 * (predicted / measured - 1):+.1f} %"
 
 
 if __name__ == "__main__":

@@ -140,7 +140,9 @@ def plan(
     alone, state = state_bytes(sizes, settings, 1), state_bytes(sizes, settings, gpus)
     memory = None
     if measured.memory_gib is not None:
-        memory = max(measured.memory_gib - alone / GIB, 0.0) + state / GIB
+        # The contrast keeps all ranks' rows and their gradient.
+        rows = 2 * (_rows_bytes(config, settings, gpus) - _rows_bytes(config, settings, 1))
+        memory = max(measured.memory_gib - alone / GIB, 0.0) + (state + rows) / GIB
     exchanged, rest = sent_bytes(config, sizes, settings, gpus)
     collectives = 2 + 3 * settings.accumulation
     seconds = links.seconds(exchanged, gpus, collectives) * (1 - hidden) + links.seconds(rest, gpus)
