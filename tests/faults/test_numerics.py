@@ -19,7 +19,6 @@ from miles_fast.training.numerics import (
     NumericsError,
     SkippedData,
     UpdateCheck,
-    warn_of_collapse,
 )
 from miles_fast.training.objective import Losses
 from miles_fast.training.progress import read_log
@@ -257,11 +256,11 @@ def test_a_step_that_deepspeed_skips_and_reports_as_applied_is_an_error(root, mo
         check.verify()  # which is called for applied steps alone
 
 
-def test_collapse_is_warned_of(root, caplog):
-    config = tiny_config(root, run={"folder": "x", "steps": 9}).run
+@pytest.mark.parametrize("bound", [0.0, 9.0])
+def test_a_run_warns_of_targets_that_collapse(root, tmp_path, caplog, monkeypatch, bound):
+    monkeypatch.setattr(logging.getLogger("miles_fast"), "propagate", True)
     with caplog.at_level(logging.WARNING, "miles_fast"):
-        logging.getLogger("miles_fast").propagate = True
-        warn_of_collapse(0.5, config)
-        assert not caplog.records
-        warn_of_collapse(1e-4, config)
-    assert "targets collapse" in caplog.text and "run.min_target_std = 0.01" in caplog.text
+        log = train(root, tmp_path / "run", spoiled(set(), []), steps=1, min_target_std=bound)
+    warnings = [text for text in caplog.messages if "the targets collapse" in text]
+    assert len(warnings) == (bound > 0)
+    assert all(f"{log[0]['target_std']:.3g}, below run.min_target_std = {bound:g}" in w for w in warnings)
