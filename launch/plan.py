@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from miles_fast.config import load_config
-from miles_fast.training.ds_config import read_ds_config
+from miles_fast.training.ds_config import EngineSettings, read_ds_config
 from miles_fast.training.planning import Links, Measured, Plan, model_sizes, plan
 
 ROOT = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     settings = read_ds_config(options.ds_config, config, cuda=True, ranks=1)
-    measured = dict(_measurement(text, settings.batch * settings.accumulation) for text in options.measured)
+    measured = dict(_measurement(text, settings, options.ds_config) for text in options.measured)
     if 1 not in measured:
         raise ValueError("--measured: one of them must be of one GPU, 1=FILE")
     sizes = model_sizes(config, options.vocabulary)
@@ -56,20 +56,26 @@ def main() -> None:
         print(_row(found, measured.get(gpus) if gpus > 1 else None))
 
 
-def _measurement(text: str, clips: int) -> tuple[int, Measured]:
+def _measurement(text: str, settings: EngineSettings, ds_config: str) -> tuple[int, Measured]:
     gpus, equals, file = text.partition("=")
     if not equals or not gpus.isdigit() or not int(gpus):
         raise ValueError(f"--measured {text}: write GPUS=FILE, as in 1=runs/stage2/log.jsonl")
-    text = Path(file).read_text()
+    text, batch = Path(file).read_text(), settings.batch
     try:
         if Path(file).suffix == ".json":
             tree = json.loads(text)
+            batch = tree.get("batch", batch)
             scaling = [row for row in tree.get("scaling", []) if row["gpus"] == int(gpus)]
             records = scaling or (tree.get("step", [])[:1] if gpus == "1" else [])
         else:
             records = [json.loads(line) for line in text.splitlines()]
     except ValueError as error:
         raise ValueError(f"{file}: not json ({error})") from error
+    if batch != settings.batch:
+        raise ValueError(
+            f"{file}: measured with {batch} clips a GPU, but {ds_config} has "
+            f"train_micro_batch_size_per_gpu = {settings.batch}; name the measured one with --ds_config"
+        )
     records = [r for r in records if "clips_per_second" in r]
     steady = records[len(records) // 3 :]  # behind compiling and warming up
     if not steady:
@@ -79,7 +85,7 @@ def _measurement(text: str, clips: int) -> tuple[int, Measured]:
         )
     speed = statistics.median(r["clips_per_second"] for r in steady)
     memory = max((r["memory_gib"] for r in steady if r.get("memory_gib") is not None), default=None)
-    seconds = clips * int(gpus) / speed
+    seconds = settings.batch * settings.accumulation * int(gpus) / speed
     return int(gpus), Measured(clips_per_second=speed, step_seconds=seconds, memory_gib=memory)
 
 
@@ -91,9 +97,15 @@ def _row(found: Plan, seen: Measured | None) -> str:
         f"{found.clips_per_second:>10,.0f} clips/s  {100 * found.efficiency:5.1f} %"
     )
     if seen is not None:
-        error = 100 * (found.clips_per_second / seen.clips_per_second - 1)
-        row += f"  measured {seen.clips_per_second:,.0f}: predicted {error:+.1f} %"
+        row += f"  measured {seen.clips_per_second:,.0f} clips/s: predicted "
+        row += _error(found.clips_per_second, seen.clips_per_second)
+        if found.memory_gib is not None and seen.memory_gib is not None:
+            row += f", {seen.memory_gib:.1f} GiB: predicted {_error(found.memory_gib, seen.memory_gib)}"
     return row
+
+
+def _error(predicted: float, measured: float) -> str:
+    return f"{100 * (predicted / measured - 1):+.1f} %"
 
 
 if __name__ == "__main__":

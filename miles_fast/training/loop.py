@@ -125,10 +125,11 @@ def pretrain(
                 run=run,
                 device=device,
                 log=log,
-                saver=Saver(run, config, engine, snapshot, device),
+                saver=Saver(run, config, engine, snapshot, device, checkpoint),
                 stop=stop,
                 watchdog=watchdog,
                 left_out=SkippedData(config.run, state.get("skipped_data", [])),
+                trust_checkpoint=trust_checkpoint,
                 stopping=stopping,
             )
             stop.listen()

@@ -112,9 +112,13 @@ def sent_bytes(config: Config, sizes: Sizes, settings: EngineSettings, gpus: int
     micro = settings.accumulation
     times = {0: 2, 1: 3, 2: micro + 1, 3: 3 * micro}[settings.stage]
     state = times * width * sizes.trained
-    rows = gpus * settings.batch * 2 * config.model.embedding * width
     follow = width * sizes.snapshot if settings.stage == 3 else 0
-    return part * state, part * (3 * rows * micro + follow)
+    return part * state, part * (3 * _rows_bytes(config, settings, gpus) * micro + follow)
+
+
+def _rows_bytes(config: Config, settings: EngineSettings, gpus: int) -> int:
+    """Texts and videos of all ranks, which the contrast takes in float32 (`unit`)."""
+    return gpus * settings.batch * 2 * config.model.embedding * 4
 
 
 def _sums_float32(settings: EngineSettings) -> bool:
@@ -136,7 +140,9 @@ def plan(
     alone, state = state_bytes(sizes, settings, 1), state_bytes(sizes, settings, gpus)
     memory = None
     if measured.memory_gib is not None:
-        memory = max(measured.memory_gib - alone / GIB, 0.0) + state / GIB
+        # The contrast keeps all ranks' rows and their gradient.
+        rows = 2 * (_rows_bytes(config, settings, gpus) - _rows_bytes(config, settings, 1))
+        memory = max(measured.memory_gib - alone / GIB, 0.0) + (state + rows) / GIB
     exchanged, rest = sent_bytes(config, sizes, settings, gpus)
     collectives = 2 + 3 * settings.accumulation
     seconds = links.seconds(exchanged, gpus, collectives) * (1 - hidden) + links.seconds(rest, gpus)

@@ -15,7 +15,7 @@ from miles_fast.data.batches import Batch
 from miles_fast.data.loader import Loader
 from miles_fast.distributed import gather_objects, logger, rank
 from miles_fast.models.dual_encoder import DualEncoder
-from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
+from miles_fast.training.checkpoint import read_state, restore_checkpoint
 from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.early_stopping import EarlyStopping
 from miles_fast.training.manifest import CheckpointError
@@ -50,6 +50,7 @@ class Training:
     stop: StopRequest
     watchdog: Watchdog
     left_out: SkippedData
+    trust_checkpoint: bool
     stopping: EarlyStopping | None
 
 
@@ -126,18 +127,21 @@ def skipped(t: Training, step: int, data: int, guard: LossGuard) -> bool:
 
 
 def roll_back(t: Training, step: int) -> int:
-    """Restore the newest checkpoint and return its step. Raises NumericsError where there is none."""
+    """Restore the run's newest checkpoint, or what it resumed from, and return its step.
+
+    `latest` may name one that the run was resumed from before. Raises NumericsError where there is none.
+    """
     t.watchdog.report(f"rolling back from step {step}")
     with _tolerating_save_errors(t):
         t.saver.settle()
-    checkpoint = gather_objects(find_checkpoint(t.run, "auto"))[0]  # as rank 0 sees the disk
+    checkpoint = t.saver.newest()
     if checkpoint is None:
         raise NumericsError(
             f"{t.config.run.max_skipped_steps} steps in a row up to step {step} were skipped, and there is "
             "no checkpoint to go back to: lower the learning rate, or look at the samples in log.jsonl"
         )
     state = read_state(checkpoint, t.config)
-    restore_checkpoint(checkpoint, state, t.engine, t.snapshot)
+    restore_checkpoint(checkpoint, state, t.engine, t.snapshot, trust=t.trust_checkpoint)
     logger.warning("went back from step %d to %s; data left out: %s", step, checkpoint, t.left_out.ranges)
     t.log.write(step, {"rolled_back_to": state["step"], "skipped_data": t.left_out.ranges})
     t.log.go_back(state["step"])

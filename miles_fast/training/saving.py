@@ -76,7 +76,13 @@ class Saver:
     """Writes a run's checkpoints, one at a time, in a thread."""
 
     def __init__(
-        self, run: Path, config: Config, engine: Any, snapshot: Snapshot | None, device: torch.device
+        self,
+        run: Path,
+        config: Config,
+        engine: Any,
+        snapshot: Snapshot | None,
+        device: torch.device,
+        resumed: Path | None = None,
     ) -> None:
         self.folder, self._config, self._engine, self._snapshot = (
             run / "checkpoints",
@@ -84,6 +90,7 @@ class Saver:
             engine,
             snapshot,
         )
+        self._newest = resumed
         # Ranks must not meet what a killed run left, and need not wait until rank 0 has removed it.
         self._token = gather_objects(secrets.token_hex(4))[0]
         self._copy = HostCopy(device)
@@ -98,6 +105,8 @@ class Saver:
             for left in self.folder.glob(".step-*"):
                 replaced = self.folder / left.stem.removeprefix(".")
                 if left.suffix == ".old" and not replaced.exists():
+                    if resumed is not None and left.samefile(resumed):
+                        self._newest = replaced
                     os.replace(left, replaced)  # killed before the new one was in its place
                 else:
                     shutil.rmtree(left, ignore_errors=True)
@@ -109,6 +118,10 @@ class Saver:
 
     def _average(self) -> dict[str, Tensor]:
         return self._snapshot.state_dict() if self._snapshot is not None and rank() == 0 else {}
+
+    def newest(self) -> Path | None:
+        """This run's newest checkpoint, or what it resumed from; all ranks must call it."""
+        return gather_objects(self._newest)[0]  # rank 0 completes them
 
     @property
     def busy(self) -> bool:
@@ -235,6 +248,7 @@ class Saver:
         os.replace(self._partial, target)
         flush_to_disk(self.folder)
         write_whole(self.folder / "latest", name + "\n")
+        self._newest = target
         shutil.rmtree(old, ignore_errors=True)
         kept, milestone = self._config.run.keep_checkpoints, self._config.run.milestone_every
         for path in complete_checkpoints(self.folder)[:-kept]:

@@ -19,7 +19,6 @@ from miles_fast.training.numerics import (
     NumericsError,
     SkippedData,
     UpdateCheck,
-    warn_of_collapse,
 )
 from miles_fast.training.objective import Losses
 from miles_fast.training.progress import read_log
@@ -108,10 +107,10 @@ def test_bad_steps_of_one_rank_in_a_row_take_all_ranks_back(start, tmp_path, fin
     finding("F6", f"{kind} on one of two ranks, {precision}: skipped on both, after 2 in a row both go back")
 
 
-def train(root, folder, deal, **run):
+def train(root, folder, deal, resume=None, **run):
     config = tiny_config(root, run={"folder": str(folder), **run})
     settings = check_ds_config(ds_tree(stage=1), "ds", config, cuda=False, ranks=1)
-    pretrain(config, settings, deal=deal)
+    pretrain(config, settings, resume=resume, deal=deal)
     return read_log(folder)
 
 
@@ -143,6 +142,16 @@ def test_after_some_bad_steps_in_a_row_it_goes_back_and_leaves_their_data_out(ro
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert state["step"] == 6 and state["skipped_data"] == [[4, 6]]
     finding("F6", "after K in a row it goes back and leaves their data out")
+
+
+@pytest.mark.parametrize("folder", ["run", "other"])
+def test_a_resumed_run_goes_back_to_what_it_resumed_from_until_it_saves(root, tmp_path, folder):
+    options = {"steps": 6, "save_every": 2, "max_skipped_steps": 2, "keep_checkpoints": 9}
+    train(root, tmp_path / "run", spoiled(set(), []), **options)
+    start, seen = tmp_path / "run" / "checkpoints" / "step-00000002", []
+    log = train(root, tmp_path / folder, spoiled({2, 3, 6, 7}, seen), resume=str(start), **options)
+    assert [r["rolled_back_to"] for r in log if "rolled_back_to" in r] == [2, 4]
+    assert seen == list(range(2, 10))
 
 
 def test_it_gives_up_when_going_back_does_not_help(root, tmp_path):
@@ -247,11 +256,11 @@ def test_a_step_that_deepspeed_skips_and_reports_as_applied_is_an_error(root, mo
         check.verify()  # which is called for applied steps alone
 
 
-def test_collapse_is_warned_of(root, caplog):
-    config = tiny_config(root, run={"folder": "x", "steps": 9}).run
+@pytest.mark.parametrize("bound", [0.0, 9.0])
+def test_a_run_warns_of_targets_that_collapse(root, tmp_path, caplog, monkeypatch, bound):
+    monkeypatch.setattr(logging.getLogger("miles_fast"), "propagate", True)
     with caplog.at_level(logging.WARNING, "miles_fast"):
-        logging.getLogger("miles_fast").propagate = True
-        warn_of_collapse(0.5, config)
-        assert not caplog.records
-        warn_of_collapse(1e-4, config)
-    assert "targets collapse" in caplog.text and "run.min_target_std = 0.01" in caplog.text
+        log = train(root, tmp_path / "run", spoiled(set(), []), steps=1, min_target_std=bound)
+    warnings = [text for text in caplog.messages if "the targets collapse" in text]
+    assert len(warnings) == (bound > 0)
+    assert all(f"{log[0]['target_std']:.3g}, below run.min_target_std = {bound:g}" in w for w in warnings)

@@ -1,6 +1,7 @@
 """The plan: parameters counted exactly, bytes by hand, and a prediction that finds what it was made from."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def test_memory_and_traffic_by_hand(tmp_path):
     assert state_bytes(sizes, settings_of(config, 2, "bf16"), 4) == 1000 * (2 + 2 / 4 + 12 / 4) + 600
     exchanged, contrast = sent_bytes(config, sizes, settings_of(config, 1), 4)
     assert exchanged == 0.75 * 1000 * (4 + 2)
-    assert contrast == 0.75 * 3 * (4 * 64 * 2 * 16 * 2)
+    assert contrast == 0.75 * 3 * (4 * 64 * 2 * 16 * 4)
+    rest = sent_bytes(config, sizes, settings_of(config, 3), 4)[1]
+    assert rest == contrast + 0.75 * 100 * 2  # the student's bf16 weights, for the snapshot
     assert sent_bytes(config, sizes, settings_of(config, 3, accumulation=2), 2)[0] == 0.5 * 1000 * 6 * 2
     assert sent_bytes(config, sizes, settings_of(config, 1), 1) == (0, 0)
 
@@ -59,6 +62,9 @@ def test_one_gpu_is_predicted_as_measured_and_more_are_slower_each(tmp_path):
     assert all(a.efficiency > b.efficiency for a, b in zip(plans, plans[1:], strict=False))
     seconds = 0.5 * 1.08e9 / (450e9 * 0.75) + 5 * 15e-6
     assert plans[1].communication_seconds == pytest.approx(seconds, rel=0.02)
+    rows = 2 * (1024 - 1) * 64 * 2 * 16 * 4 / 2**30  # of the contrast, and their gradient
+    more = plans[-1].state_gib - plans[0].state_gib + rows
+    assert plans[-1].memory_gib == pytest.approx(24 + more, rel=1e-9)
     slow = plan(config, settings, sizes, measured, Links(network=5), 16)
     assert slow.communication_seconds > 8 * plans[3].communication_seconds
 
@@ -67,14 +73,23 @@ def test_the_program_compares_with_what_was_measured(tmp_path, capsys, monkeypat
     sys.path.insert(0, str(ROOT / "launch"))
     import plan as program
 
-    for name, speed in (("one", 400.0), ("two", 780.0)):
-        record = {"clips_per_second": speed, "memory_gib": 24.0}
+    for name, speed, memory in (("one", 400.0, 24.0), ("two", 780.0, None), ("four", 1600.0, 12.0)):
+        record = {"clips_per_second": speed, "memory_gib": memory}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
-    files = [f"1={tmp_path / 'one.jsonl'}", f"2={tmp_path / 'two.jsonl'}"]
+    files = [f"{gpus}={tmp_path / name}.jsonl" for gpus, name in ((1, "one"), (2, "two"), (4, "four"))]
     monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "1", "1024", "--measured", *files])
     program.main()
     out = capsys.readouterr().out
-    assert "180.9 M parameters" in out and "measured 780: predicted +" in out and "1024 GPUs" in out
+    assert "180.9 M parameters" in out and "measured 780 clips/s: predicted +" in out and "1024 GPUs" in out
+    two, four = (next(line for line in out.splitlines() if f" {gpus} GPUs" in line) for gpus in (2, 4))
+    error = float(re.search("12.0 GiB: predicted (.*) %", four)[1])
+    assert error == pytest.approx(100 * (float(four.split()[3]) / 12 - 1), abs=0.5)
+    assert two.count("predicted") == 1
+    rows = [{"gpus": 1, "clips_per_second": 555.0}]
+    (tmp_path / "rows.json").write_text(json.dumps({"batch": 128, "scaling": rows}))
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--measured", f"1={tmp_path / 'rows.json'}"])
+    with pytest.raises(ValueError, match="rows.json: measured with 128 clips.*zero1.json has .* = 64; name"):
+        program.main()
     monkeypatch.setattr(sys, "argv", ["plan.py", "--measured", "2=nowhere.jsonl"])
     with pytest.raises(OSError):
         program.main()

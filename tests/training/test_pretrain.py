@@ -32,7 +32,10 @@ def root(tmp_path_factory):
 
 
 def train(config, resume=None, evaluate=None, **ds):
-    settings = check_ds_config(ds_tree(**ds), "ds.json", config, cuda=False, ranks=1)
+    tree = ds_tree(**ds)
+    if ds.get("bf16") and ds.get("stage") == 1:
+        tree["data_types"] = {"grad_accum_dtype": "fp32"}  # as in launch/ds
+    settings = check_ds_config(tree, "ds.json", config, cuda=False, ranks=1)
     pretrain(config, settings, resume=resume, evaluate=evaluate)
     return read_log(Path(config.run.folder))
 
@@ -43,15 +46,16 @@ def weights(folder):
     return load_file(folder / "student" / "model.safetensors"), load_file(folder / "snapshot.safetensors")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_six_steps_equal_three_resumed_bitwise(root, tmp_path, stage):
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_six_steps_equal_three_resumed_bitwise(root, tmp_path, stage, bf16):
     whole = tiny_config(root, run={"folder": str(tmp_path / "whole"), "save_every": 3})
-    first = train(whole, stage=stage)
+    first = train(whole, stage=stage, bf16=bf16)
     parted = tiny_config(root, run={"folder": str(tmp_path / "parted"), "save_every": 3})
     folder = tmp_path / "parted" / "checkpoints"
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000003", folder / "step-00000003")
     (folder / "latest").write_text("step-00000003\n")
-    second = train(parted, resume="auto", stage=stage)
+    second = train(parted, resume="auto", stage=stage, bf16=bf16)
     figures = ("step", "loss", "contrastive", "regression", "target_cosine", "learning_rate")
     assert [[r[f] for f in figures] for r in second] == [[r[f] for f in figures] for r in first[3:]]
     for one, two in zip(
@@ -61,6 +65,20 @@ def test_six_steps_equal_three_resumed_bitwise(root, tmp_path, stage):
     ):
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_bf16_run_goes_on_at_another_stage_with_the_same_loss(root, tmp_path):
+    model = tiny_config(root).model
+    tree = {"text": {**vars(model.text), "dropout": 0.0}, "video": vars(model.video), "embedding": 16}
+    losses = {}
+    for name, stage, resume in (("whole", 1, None), *((f"at {s}", s, "auto") for s in (0, 2, 3))):
+        run = {"folder": str(tmp_path / name), "steps": 4, "save_every": 3}
+        if resume:
+            shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / name / "checkpoints")
+            (tmp_path / name / "checkpoints" / "latest").write_text("step-00000003\n")
+        log = train(tiny_config(root, run=run, model=tree), resume=resume, stage=stage, bf16=True)
+        losses[name] = log[-1]["loss"]
+    assert len(set(losses.values())) == 1, losses
 
 
 @pytest.mark.parametrize("view", ["A", "B", "D", "D full", "none"])
