@@ -264,7 +264,8 @@ def test_one_that_was_being_replaced_is_found_and_put_back(root, tmp_path):
     (saver.folder / "step-00000002").rename(saver.folder / ".step-00000002.old")
     (saver.folder / ".step-00000002.abcd").mkdir()  # what was to take its place
     assert restore(config, engine, tmp_path) == 2
-    Saver(tmp_path, config, engine, None, CPU)
+    resumed = Saver(tmp_path, config, engine, None, CPU, find_checkpoint(tmp_path, "auto"))
+    assert resumed.newest() == saver.folder / "step-00000002"
     assert sorted(path.name for path in saver.folder.iterdir()) == [
         "latest",
         "step-00000001",
