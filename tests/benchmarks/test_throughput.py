@@ -344,12 +344,12 @@ def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch
     monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "launch"))
     import plan
 
-    file = root / "scaling.json"
-    gpus, measured = plan._measurement(f"2={file}", 4)
+    file, settings = root / "scaling.json", SimpleNamespace(batch=4, accumulation=1)
+    gpus, measured = plan._measurement(f"2={file}", settings, "ds.json")
     assert gpus == 2 and measured.clips_per_second == rows[-1]["clips_per_second"]
     assert measured.step_seconds == 8 / rows[-1]["clips_per_second"]
     with pytest.raises(ValueError, match="holds no clips_per_second of 3 GPUs"):
-        plan._measurement(f"3={file}", 4)
+        plan._measurement(f"3={file}", settings, "ds.json")
 
 
 def test_what_saves_cost(root, monkeypatch, capsys):
