@@ -44,14 +44,18 @@ def joules() -> float | None:
 class EnergyMeter:
     """Deals a loader's batches; measures from when batch `warmup` is asked for until the last of `count` is.
 
-    What comes behind the last step (a checkpoint, say) is not counted. `megahertz` is the mean clock of the
-    multiprocessors.
+    What comes behind the last step (a checkpoint, say) is not counted.
     """
 
     def __init__(self, warmup: int, count: int) -> None:
         self._warmup, self._last = warmup, count - 1
         self.joules_per_batch: float | None = None
-        self.megahertz: float | None = None
+        self._clocks: list[int] = []
+
+    @property
+    def megahertz(self) -> float | None:
+        """Mean clock of the multiprocessors; None where nothing tells."""
+        return statistics.fmean(self._clocks) if self._clocks else None
 
     def deal(self, loader: Loader, first_step: int) -> Generator[Batch, None, None]:
         """The loader's batches."""
@@ -71,7 +75,6 @@ class EnergyMeter:
     def _watch_clock(self, ended: threading.Event) -> None:
         import pynvml
 
-        handle, seen = driver_handle(), []
+        handle = driver_handle()
         while not ended.wait(SECONDS_BETWEEN_CLOCKS):
-            seen.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
-            self.megahertz = statistics.fmean(seen)
+            self._clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
