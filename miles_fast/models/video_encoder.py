@@ -39,17 +39,40 @@ class DividedAttention(nn.Module):
         bias_gets_gradient: bool = True,
     ) -> Tensor:
         """`bias_gets_gradient`: proj's, from here; else the `residual_norm` behind gives it."""
-        bias = self.qkv.bias if takes_bias(x_BND, self.backend) else None
-        if self.fp8 or bias is not None:
+        parted = takes_bias(x_BND, self.backend)
+        if self.fp8 or parted:
             linear = fp8_linear if self.fp8 else F.linear
-            qkv_BND = linear(x_BND, self.qkv.weight, self.qkv.bias if bias is None else bias.detach())
+            qkv_BND = linear(x_BND, self.qkv.weight, self.qkv.bias.detach() if parted else self.qkv.bias)
         else:
             qkv_BND = self.qkv(x_BND)
         qkv_BN3HS = qkv_BND.unflatten(-1, (3, self.heads, -1))
-        attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend, bias)
+        query_bias = self.qkv.bias.chunk(3)[0] if parted else None
+        attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend, query_bias)
         if rows_BM is not None:
             attended_BND = _rows(attended_BND, rows_BM)
-        return _linear(self.proj, attended_BND, bias_gets_gradient)
+        bias = self.output_bias(x_BND) if bias_gets_gradient else self.proj.bias.detach()
+        return F.linear(attended_BND, self.proj.weight, bias)
+
+    def output_bias(self, x_BND: Tensor) -> Tensor:
+        """proj's bias; where attention gives only the queries' bias its gradient, the values' gets it here.
+
+        A bias of the values is one of the output: weights add up to 1. One of the keys changes nothing.
+        """
+        if not takes_bias(x_BND, self.backend):
+            return self.proj.bias
+        return _WithValueBias.apply(self.proj.bias, self.proj.weight, self.qkv.bias.chunk(3)[2])
+
+
+class _WithValueBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, bias_D: Tensor, weight_DD: Tensor, value_bias_D: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_DD)
+        return bias_D.view_as(bias_D)
+
+    @staticmethod
+    def backward(ctx, d_bias_D: Tensor) -> tuple[Tensor, None, Tensor]:
+        (weight_DD,) = ctx.saved_tensors
+        return d_bias_D, None, d_bias_D @ weight_DD
 
 
 class Mlp(nn.Module):
@@ -90,12 +113,12 @@ class Block(nn.Module):
         """(B, N, D) -> (B, N, D), or only the rows `rows_BM` of it: behind attention no row needs another."""
         own = not takes_biases(x_BND)
         attended = self.timeattn(self.norm3(x_BND), num_frames, bias_gets_gradient=own)
-        biases = None if own else (self.timeattn.proj.bias,)
+        biases = None if own else (self.timeattn.output_bias(x_BND),)
         normed, _ = _add_and_normalize(x_BND, attended, self.norm1, biases, with_total=False)
         attended = self.attn(normed, num_frames, rows_BM, bias_gets_gradient=own)
         if rows_BM is not None:
             x_BND = _rows(x_BND, rows_BM)
-        biases = None if own else (self.attn.proj.bias, self.mlp.fc2.bias)
+        biases = None if own else (self.attn.output_bias(x_BND), self.mlp.fc2.bias)
         normed, space = _add_and_normalize(x_BND, attended, self.norm2, biases)
         return space + self.mlp(normed, bias_gets_gradient=own)
 
