@@ -62,7 +62,7 @@ def divided_attention(
 
 def takes_bias(x: Tensor, backend: str) -> bool:
     """Whether attention gives a bias of the queries its gradient at no cost (this project's ops on a GPU)."""
-    return x.is_cuda and backend in ("auto", "triton") and runs_triton(x)
+    return torch.is_grad_enabled() and x.is_cuda and backend in ("auto", "triton") and runs_triton(x)
 
 
 def require_backend(backend: str) -> None:

@@ -109,8 +109,16 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.norm3 = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, x_BND: Tensor, num_frames: int, rows_BM: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D), or only the rows `rows_BM` of it: behind attention no row needs another."""
+    def forward(
+        self, x_BND: Tensor, branch_BND: Tensor | None, num_frames: int, rows_BM: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both terms of the sum (B, N, D) that the next layer takes, of both terms of one (or a sum, None).
+
+        So that the compiler joins the addition with the norm behind it. Or only the rows `rows_BM` of them:
+        behind attention no row needs another.
+        """
+        if branch_BND is not None:
+            x_BND = x_BND + branch_BND
         own = not takes_biases(x_BND)
         attended = self.timeattn(self.norm3(x_BND), num_frames, bias_gets_gradient=own)
         biases = None if own else (self.timeattn.output_bias(x_BND),)
@@ -120,7 +128,7 @@ class Block(nn.Module):
             x_BND = _rows(x_BND, rows_BM)
         biases = None if own else (self.attn.output_bias(x_BND), self.mlp.fc2.bias)
         normed, space = _add_and_normalize(x_BND, attended, self.norm2, biases)
-        return space + self.mlp(normed, bias_gets_gradient=own)
+        return space, self.mlp(normed, bias_gets_gradient=own)
 
 
 def _rows(x_BND: Tensor, rows_BM: Tensor) -> Tensor:
@@ -238,9 +246,11 @@ class SpaceTimeTransformer(nn.Module):
         if visible_BK is not None:
             x_BND = token_gather(x_BND, F.pad(visible_BK + 1, (1, 0)))
         *blocks, last = self.blocks
+        terms = x_BND, None
         for block in blocks:
-            x_BND = block(x_BND, num_frames)
-        return self.norm(last(x_BND, num_frames, rows_BM))
+            terms = block(*terms, num_frames)
+        x_BND, branch_BND = last(*terms, num_frames, rows_BM)
+        return self.norm(x_BND + branch_BND)
 
     def embed(
         self,
