@@ -17,6 +17,7 @@ from miles_fast.kernels import (
     feature_regression,
     layer_cases,
     linear_gelu,
+    mlp,
     residual_norm,
     space_attention,
     temporal_attention,
@@ -192,14 +193,14 @@ CONTESTS = {
         ),
         key=_block_width,
     ),
-    "linear_gelu": Contest(
-        op=linear_gelu.linear_gelu,
-        reference=linear_gelu.linear_gelu_reference,
-        rivals=_eager_and_compiled(linear_gelu.linear_gelu_reference),
-        trainer_cases=layer_cases.LINEAR_GELU_TRAINER,
+    "mlp": Contest(
+        op=mlp.mlp,
+        reference=mlp.mlp_reference,
+        rivals=_eager_and_compiled(mlp.mlp_reference),
+        trainer_cases=layer_cases.MLP_TRAINER,
         tables=(LaunchTable(name="forward", entries=linear_gelu.LAUNCH_FORWARD, candidates=_LINEAR_GELU),),
         key=_block_width,
-        flops=lambda case: 2 * case.M * case.K * case.D,
+        flops=lambda case: 4 * case.M * case.K * case.D,
     ),
     "residual_norm": Contest(
         op=residual_norm.residual_norm,

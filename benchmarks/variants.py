@@ -42,8 +42,8 @@ class Variant:
     plain_ops: tuple[str, ...] = ()
 
 
-# linear_gelu decides for biased_gelu too.
-PLAIN_OPS = ("token_gather", "feature_regression", "linear_gelu", "fp8_mlp", "residual_norm")
+# mlp decides for linear_gelu and biased_gelu too.
+PLAIN_OPS = ("token_gather", "feature_regression", "mlp", "fp8_mlp", "residual_norm")
 _EAGER = (
     "run.compile=false",
     "run.cuda_graphs=false",
@@ -71,7 +71,7 @@ ABLATIONS = (
     Variant(name="token gather in plain torch", plain_ops=("token_gather",)),
     Variant(name="feature regression in plain torch", plain_ops=("feature_regression",)),
     Variant(name="LayerNorm's gradient in plain torch", plain_ops=("residual_norm",)),
-    Variant(name="GELU in plain torch, behind its product", plain_ops=("linear_gelu", "fp8_mlp")),
+    Variant(name="GELU in plain torch, behind its product", plain_ops=("mlp", "fp8_mlp")),
     Variant(name="unfused AdamW", ds={"optimizer": {"params": {"fused": False}}}),
     Variant(name="gradients summed in DeepSpeed's default dtype", ds={"data_types": {}}),
     Variant(name="one reading process", overrides=("data.decode_workers=1",)),

@@ -8,7 +8,10 @@ get the reference.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
+from types import ModuleType
 
 import torch
 
@@ -51,6 +54,26 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
         and (INTERPRETED or tensors[0].is_cuda)
         and all(tensor.dtype in _TRITON_DTYPES for tensor in tensors)
     )
+
+
+@functools.cache
+def _quack_products() -> ModuleType | None:
+    if importlib.util.find_spec("quack") is None:
+        return None
+    try:
+        from miles_fast.kernels import gelu_products
+    except Exception as failure:  # of whatever quack or its compiler finds amiss
+        logging.getLogger(__name__).warning(
+            "quack cannot be imported (%s): Triton takes its products", failure
+        )
+        return None
+    return gelu_products
+
+
+def quack_products(tensor: torch.Tensor) -> ModuleType | None:
+    """kernels/gelu_products.py where it computes: on a Hopper GPU, with quack installed; else None."""
+    hopper = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+    return _quack_products() if hopper and not INTERPRETED else None
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from miles_fast.config import VideoEncoderConfig
 from miles_fast.kernels.fp8_linear import fp8_linear
 from miles_fast.kernels.fp8_mlp import fp8_mlp
-from miles_fast.kernels.linear_gelu import linear_gelu
+from miles_fast.kernels.mlp import mlp
 from miles_fast.kernels.residual_norm import residual_norm, takes_biases
 from miles_fast.kernels.token_gather import token_gather
 from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
@@ -86,14 +86,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, *, bias_gets_gradient: bool = True) -> Tensor:
         """`bias_gets_gradient`: fc2's, as in `DividedAttention.forward`."""
-        if self.fp8:
-            bias = self.fc2.bias if bias_gets_gradient else self.fc2.bias.detach()
-            return fp8_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias)
-        return _linear(self.fc2, linear_gelu(x, self.fc1.weight, self.fc1.bias), bias_gets_gradient)
-
-
-def _linear(layer: nn.Linear, x: Tensor, bias_gets_gradient: bool) -> Tensor:
-    return layer(x) if bias_gets_gradient else F.linear(x, layer.weight, layer.bias.detach())
+        bias = self.fc2.bias if bias_gets_gradient else self.fc2.bias.detach()
+        compute = fp8_mlp if self.fp8 else mlp
+        return compute(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias)
 
 
 class Block(nn.Module):
