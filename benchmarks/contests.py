@@ -16,6 +16,7 @@ from miles_fast.kernels import (
     cases,
     feature_regression,
     layer_cases,
+    linear,
     linear_gelu,
     mlp,
     residual_norm,
@@ -192,6 +193,13 @@ CONTESTS = {
             LaunchTable(name="backward", entries=biased_gelu.LAUNCH_BACKWARD, candidates=_GELU_BACKWARD),
         ),
         key=_block_width,
+    ),
+    "linear": Contest(
+        op=linear.linear,
+        reference=torch.nn.functional.linear,
+        rivals={"cuBLAS": torch.nn.functional.linear},
+        trainer_cases=layer_cases.LINEAR_TRAINER,
+        flops=lambda case: 2 * case.M * case.K * case.D,
     ),
     "mlp": Contest(
         op=mlp.mlp,

@@ -61,17 +61,17 @@ def _quack_products() -> ModuleType | None:
     if importlib.util.find_spec("quack") is None:
         return None
     try:
-        from miles_fast.kernels import gelu_products
+        from miles_fast.kernels import quack_products
     except Exception as failure:  # of whatever quack or its compiler finds amiss
         logging.getLogger(__name__).warning(
             "quack cannot be imported (%s): Triton takes its products", failure
         )
         return None
-    return gelu_products
+    return quack_products
 
 
-def quack_products(tensor: torch.Tensor) -> ModuleType | None:
-    """kernels/gelu_products.py where it computes: on a Hopper GPU, with quack installed; else None."""
+def quack_for(tensor: torch.Tensor) -> ModuleType | None:
+    """kernels/quack_products.py where it can compute: on a Hopper GPU, with quack installed; else None."""
     hopper = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
     return _quack_products() if hopper and not INTERPRETED else None
 

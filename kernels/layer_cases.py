@@ -1,4 +1,4 @@
-"""Cases of biased_gelu, mlp and residual_norm: what kernels/cases.py asks of one."""
+"""Cases of biased_gelu, linear, mlp and residual_norm: what kernels/cases.py asks of one."""
 
 from __future__ import annotations
 
@@ -47,6 +47,45 @@ class BiasedGeluCase:
     def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
         (other,) = inputs.constants
         return op(other, inputs.leaf) if self.of_bias else op(inputs.leaf, other)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCase:
+    """M rows of K numbers to D; the leaf is one of `x`, `weight` and `bias`. The bytes are a bound that no
+    product of this size comes near."""
+
+    M: int
+    K: int
+    D: int
+    dtype: torch.dtype
+    leaf: str = "x"
+
+    @property
+    def name(self) -> str:
+        return f"{self.M}x{self.K}x{self.D}-{short(self.dtype)}-{self.leaf}"
+
+    @property
+    def forward_bytes(self) -> int:
+        return (self.M * (self.K + self.D) + self.K * self.D) * self.dtype.itemsize
+
+    @property
+    def backward_bytes(self) -> int:
+        return 2 * (self.M * (self.K + self.D) + self.K * self.D) * self.dtype.itemsize
+
+    def inputs(self, device: str) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        scales = {"x": (1.0, self.M, self.K), "weight": (self.K**-0.5, self.D, self.K), "bias": (1.0, self.D)}
+        drawn = {
+            name: (scale * torch.randn(*shape, generator=generator)).to(device, self.dtype)
+            for name, (scale, *shape) in scales.items()
+        }
+        d_output = torch.randn(self.M, self.D, generator=generator).to(device, self.dtype)
+        leaf = drawn.pop(self.leaf).requires_grad_()
+        return Inputs(leaf=leaf, constants=tuple(drawn.values()), d_output=d_output)
+
+    def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
+        place = ("x", "weight", "bias").index(self.leaf)
+        return op(*inputs.constants[:place], inputs.leaf, *inputs.constants[place:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +186,16 @@ RESIDUAL_NORM_SMALL = tuple(
         *((leaf, False) for leaf in ("x", "branch", "weight", "bias", "branch_bias")),
         *((leaf, True) for leaf in ("x", "weight", "branch_bias", "later_bias")),
     )
+)
+
+
+LINEAR_TRAINER = tuple(
+    LinearCase(M=128 * 785, K=K, D=D, dtype=_HALF) for K, D in ((768, 2304), (768, 768), (3072, 768))
+)
+LINEAR_SMALL = tuple(
+    LinearCase(M=M, K=K, D=D, dtype=dtype, leaf=leaf)
+    for leaf in ("x", "weight", "bias")
+    for M, K, D, dtype in ((8200, 192, 384, _HALF), (8193, 40, 192, torch.float16), (9, 7, 5, _FULL))
 )
 
 

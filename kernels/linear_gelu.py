@@ -24,7 +24,7 @@ from miles_fast.kernels.dispatch import (
     jit,
     multiprocessors,
     product,
-    quack_products,
+    quack_for,
     runs_triton,
     tl,
     triton,
@@ -164,7 +164,7 @@ def linear_gelu(x_MK, weight_DK, bias_D, keep):
     Only where `takes` says so. By quack on a Hopper GPU where it is installed, else by Triton.
     """
     bias_D = bias_D.to(x_MK.dtype)
-    if products := quack_products(x_MK):
+    if products := quack_for(x_MK):
         inputs = (for_bulk_copies(tensor) for tensor in (x_MK, weight_DK, bias_D))
         return products.linear_gelu(*inputs, keep)
     return _run(x_MK, weight_DK, bias_D, None, keep, _launch(len(weight_DK)))

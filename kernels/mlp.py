@@ -5,7 +5,7 @@
 
 GELU is computed where the first product still lies in registers (kernels/linear_gelu.py), and where quack is
 installed its gradient and the first bias' where the product of the output's gradient lies
-(kernels/gelu_products.py): hidden is read once, and nothing else of (M, D) beside what the products take.
+(kernels/quack_products.py): hidden is read once, and nothing else of (M, D) beside what the products take.
 
 Saved for backward: x, the weights, hidden and active. Letters: M rows, K numbers in and out, D hidden ones.
 """
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from miles_fast.kernels.biased_gelu import biased_gelu, gelu_backward
-from miles_fast.kernels.dispatch import quack_products, runs_triton
+from miles_fast.kernels.dispatch import quack_for, runs_triton
+from miles_fast.kernels.linear import product
 from miles_fast.kernels.linear_gelu import for_bulk_copies, linear_gelu, takes
 
 
@@ -39,7 +40,7 @@ def mlp_reference(
 )
 def _product_gelu_backward(d_out_MK, second_KD, hidden_MD):
     """Gradients of hidden (M, D) and of the first bias (D), float32."""
-    if products := quack_products(hidden_MD):
+    if products := quack_for(hidden_MD):
         return products.gelu_gradient(*map(for_bulk_copies, (d_out_MK, second_KD, hidden_MD)))
     d_hidden_MD, d_bias_D, _ = gelu_backward(d_out_MK @ second_KD, hidden_MD)
     return d_hidden_MD, d_bias_D
@@ -62,7 +63,7 @@ class _Mlp(torch.autograd.Function):
         active_MD, hidden_MD = linear_gelu(x_MK, first_DK, first_bias_D, keep)
         ctx.save_for_backward(x_MK, first_DK, second_KD, hidden_MD, active_MD)
         ctx.bias_dtypes = first_bias_D.dtype, second_bias_K.dtype
-        return F.linear(active_MD, second_KD, second_bias_K).view(x.shape)
+        return product(active_MD, second_KD, second_bias_K, True).view(x.shape)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -71,7 +72,7 @@ class _Mlp(torch.autograd.Function):
         d_hidden_MD, d_first_bias_D = _product_gelu_backward(d_out_MK, second_KD, hidden_MD)
         of_first, of_second = ctx.bias_dtypes
         return (
-            (d_hidden_MD @ first_DK).view(d_out.shape),
+            product(d_hidden_MD, first_DK, None, False).view(d_out.shape),
             d_hidden_MD.t() @ x_MK,
             d_first_bias_D.to(of_first),
             d_out_MK.t() @ active_MD,

@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from miles_fast.config import VideoEncoderConfig
 from miles_fast.kernels.fp8_linear import fp8_linear
 from miles_fast.kernels.fp8_mlp import fp8_mlp
+from miles_fast.kernels.linear import linear
 from miles_fast.kernels.mlp import mlp
 from miles_fast.kernels.residual_norm import residual_norm, takes_biases
 from miles_fast.kernels.token_gather import token_gather
 from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
 from miles_fast.models.compilation import compile_each, inductor_within
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class DividedAttention(nn.Module):
@@ -27,7 +33,7 @@ class DividedAttention(nn.Module):
     def __init__(self, width: int, heads: int, axis: Axis, backend: str) -> None:
         super().__init__()
         self.heads, self.axis, self.backend, self.fp8 = heads, axis, backend, False
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = _Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(
@@ -41,8 +47,8 @@ class DividedAttention(nn.Module):
         """`bias_gets_gradient`: proj's, from here; else the `residual_norm` behind gives it."""
         parted = takes_bias(x_BND, self.backend)
         if self.fp8 or parted:
-            linear = fp8_linear if self.fp8 else F.linear
-            qkv_BND = linear(x_BND, self.qkv.weight, self.qkv.bias.detach() if parted else self.qkv.bias)
+            compute = fp8_linear if self.fp8 else linear
+            qkv_BND = compute(x_BND, self.qkv.weight, self.qkv.bias.detach() if parted else self.qkv.bias)
         else:
             qkv_BND = self.qkv(x_BND)
         qkv_BN3HS = qkv_BND.unflatten(-1, (3, self.heads, -1))
@@ -51,7 +57,7 @@ class DividedAttention(nn.Module):
         if rows_BM is not None:
             attended_BND = _rows(attended_BND, rows_BM)
         bias = self.output_bias(x_BND) if bias_gets_gradient else self.proj.bias.detach()
-        return F.linear(attended_BND, self.proj.weight, bias)
+        return linear(attended_BND, self.proj.weight, bias)
 
     def output_bias(self, x_BND: Tensor) -> Tensor:
         """proj's bias; where attention gives only the queries' bias its gradient, the values' gets it here.
@@ -161,7 +167,7 @@ class PatchEmbedding(nn.Module):
         video = video_BTCHW.to(self.proj.weight.dtype)
         grid = video.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # B T C rows size columns size
         patches = grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def initialize_linear_layers(module: nn.Module) -> None:
