@@ -199,6 +199,8 @@ CONTESTS = {
         reference=torch.nn.functional.linear,
         rivals={"cuBLAS": torch.nn.functional.linear},
         trainer_cases=layer_cases.LINEAR_TRAINER,
+        tables=(),
+        key=_block_width,
         flops=lambda case: 2 * case.M * case.K * case.D,
     ),
     "mlp": Contest(

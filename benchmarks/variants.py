@@ -221,7 +221,7 @@ def ops(*, plain: Sequence[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for op in plain:
             # A Mock would keep the tensors of every call.
-            decides = "quack_for" if op == "linear" else "runs_triton"
+            decides = "has_quack" if op == "linear" else "runs_triton"
             stack.enter_context(mock.patch(f"miles_fast.kernels.{op}.{decides}", lambda *_: False))
         yield
 

@@ -26,6 +26,7 @@ except ImportError as missing:
         )
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+_QUACK = importlib.util.find_spec("quack") is not None and not INTERPRETED
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,24 +57,24 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
     )
 
 
+def has_quack(tensor: torch.Tensor) -> bool:
+    """Whether this is on a GPU that quack computes on, and quack is installed."""
+    return _QUACK and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+
+
 @functools.cache
 def _quack_products() -> ModuleType | None:
-    if importlib.util.find_spec("quack") is None:
-        return None
     try:
         from miles_fast.kernels import quack_products
     except Exception as failure:  # of whatever quack or its compiler finds amiss
-        logging.getLogger(__name__).warning(
-            "quack cannot be imported (%s): Triton takes its products", failure
-        )
+        logging.getLogger(__name__).warning("quack cannot be imported, others take its products: %s", failure)
         return None
     return quack_products
 
 
 def quack_for(tensor: torch.Tensor) -> ModuleType | None:
-    """kernels/quack_products.py where it can compute: on a Hopper GPU, with quack installed; else None."""
-    hopper = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
-    return _quack_products() if hopper and not INTERPRETED else None
+    """kernels/quack_products.py where it can compute, else None: within an op: no compiler traces it."""
+    return _quack_products() if has_quack(tensor) else None
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:

@@ -12,22 +12,21 @@ Letters: M rows, K numbers in, D numbers out; in `product`, K are summed over an
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from miles_fast.kernels.dispatch import quack_for
+from miles_fast.kernels.dispatch import has_quack, quack_for
 from miles_fast.kernels.linear_gelu import for_bulk_copies
 
 _LEAST_ROWS = 8192  # of fewer, such tiles leave multiprocessors without work
 
 
-def _quack(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
-    """quack's products, where they are to compute those of x (..., K)."""
+def _takes_quack(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether quack is for products of x (..., K)."""
     halves = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return quack_for(x) if halves and math.prod(x.shape[:-1]) >= _LEAST_ROWS else None
+    return halves and math.prod(x.shape[:-1]) >= _LEAST_ROWS and has_quack(x)
 
 
 @torch.library.custom_op(
@@ -38,7 +37,7 @@ def _quack(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
 def product(x_MK, weight, bias_N, transposed):
     """x weight^T + bias (M, N) of `transposed` weight (N, K), or x weight + bias of (K, N): no history."""
     N, K = weight.shape if transposed else weight.shape[::-1]
-    products = _quack(x_MK, weight)
+    products = quack_for(x_MK) if _takes_quack(x_MK, weight) else None
     if products and K % 8 == 0 and N % products.PRODUCT_COLUMNS == 0:
         x_MK, weight = for_bulk_copies(x_MK), for_bulk_copies(weight)
         bias_N = None if bias_N is None else for_bulk_copies(bias_N.to(x_MK.dtype))
@@ -83,6 +82,6 @@ def linear(x: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor | None
     By quack for bfloat16 and float16 on a Hopper GPU from 8,192 rows on, if a multiple of 192 numbers comes
     out of the product; else by cuBLAS.
     """
-    if _quack(x, weight_DK):
+    if _takes_quack(x, weight_DK):
         return _Linear.apply(x, weight_DK, bias_D)
     return F.linear(x, weight_DK, bias_D)

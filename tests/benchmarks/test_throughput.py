@@ -237,9 +237,9 @@ def test_ablations_change_one_thing_each(root, monkeypatch):
 def test_all_of_it_on_one_page(root):
     timing = {"op": "space_attention", "case": "64x4", "forward_gb_per_second": 2000.0}
     timings = [
-        {**timing, "implementation": "triton", "forward_tflops_per_second": 100.0},
+        {**timing, "implementation": "miles_fast", "forward_tflops_per_second": 100.0},
         {**timing, "implementation": "sdpa", "forward_tflops_per_second": 1000.0},
-        {**timing, "op": "token_gather", "implementation": "triton", "forward_tflops_per_second": None},
+        {**timing, "op": "token_gather", "implementation": "miles_fast", "forward_tflops_per_second": None},
     ]
     # The ridge is at 100 FLOPs a byte, on axes of 10 to 1000 FLOPs a byte and of decades of TFLOP/s.
     micro = {"copy_gb_per_second": 10000.0, "product_tflops_per_second": 1000.0, "timings": timings}

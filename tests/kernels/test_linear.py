@@ -30,7 +30,7 @@ def test_keeps_the_error_rule_at_the_trainers_shapes(case):
 @pytest.fixture
 def everywhere(monkeypatch):
     """The op's own gradients, also where no quack computes its products."""
-    monkeypatch.setattr(module, "_quack", lambda *_: True)
+    monkeypatch.setattr(module, "_takes_quack", lambda *_: True)
     monkeypatch.setattr(
         module, "product", lambda x, w, b, transposed: F.linear(x, w if transposed else w.T, b)
     )
