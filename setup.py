@@ -8,6 +8,7 @@ DALI = ["nvidia-dali-cuda130>=2.4,<2.5"]
 REMOTE = ["s3fs>=2025.3"]  # for s3: only; https: needs nothing
 ONNX = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.23"]
 SEARCH = ["faiss-cpu>=1.11", "pyarrow>=18"]  # faster search; parquet
+QUACK = ["quack-kernels[cu13]>=0.6.5,<0.7"]  # flash-attn-4 takes any
 setup(
     name="miles-fast",
     version="0.1.0",
@@ -37,13 +38,13 @@ setup(
     ],
     extras_require={
         "dali": DALI,
-        "gpu": [*DALI, "flash-attn-4[cu13]>=4.0.0b36,<5"],
+        "gpu": [*DALI, *QUACK, "flash-attn-4[cu13]>=4.0.0b36,<5"],
         "onnx": ONNX,
         "remote": REMOTE,
         "search": SEARCH,
         "test": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "moto[s3]>=5,<6", "flask", "flask-cors"),
-            *(*REMOTE, *ONNX, *SEARCH),
+            *(*REMOTE, *ONNX, *SEARCH, *QUACK),
         ],
     },
 )

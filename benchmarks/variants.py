@@ -42,8 +42,8 @@ class Variant:
     plain_ops: tuple[str, ...] = ()
 
 
-# linear_gelu decides for biased_gelu too.
-PLAIN_OPS = ("token_gather", "feature_regression", "linear_gelu", "fp8_mlp", "residual_norm")
+# mlp decides for linear_gelu and biased_gelu too.
+PLAIN_OPS = ("token_gather", "feature_regression", "linear", "mlp", "fp8_mlp", "residual_norm")
 _EAGER = (
     "run.compile=false",
     "run.cuda_graphs=false",
@@ -71,7 +71,8 @@ ABLATIONS = (
     Variant(name="token gather in plain torch", plain_ops=("token_gather",)),
     Variant(name="feature regression in plain torch", plain_ops=("feature_regression",)),
     Variant(name="LayerNorm's gradient in plain torch", plain_ops=("residual_norm",)),
-    Variant(name="GELU in plain torch, behind its product", plain_ops=("linear_gelu", "fp8_mlp")),
+    Variant(name="GELU in plain torch, behind its product", plain_ops=("mlp", "fp8_mlp")),
+    Variant(name="linear layers by cuBLAS", plain_ops=("linear",)),
     Variant(name="unfused AdamW", ds={"optimizer": {"params": {"fused": False}}}),
     Variant(name="gradients summed in DeepSpeed's default dtype", ds={"data_types": {}}),
     Variant(name="one reading process", overrides=("data.decode_workers=1",)),
@@ -220,7 +221,8 @@ def ops(*, plain: Sequence[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for op in plain:
             # A Mock would keep the tensors of every call.
-            stack.enter_context(mock.patch(f"miles_fast.kernels.{op}.runs_triton", lambda *_: False))
+            decides = "has_quack" if op == "linear" else "runs_triton"
+            stack.enter_context(mock.patch(f"miles_fast.kernels.{op}.{decides}", lambda *_: False))
         yield
 
 

@@ -15,7 +15,7 @@ class AttentionCase:
     """B clips of T frames of P patches and a CLS token, H heads of S, packed as the qkv layer writes them.
 
     `scale` is the size of the numbers: at 4 the softmax is nearly one-hot. The leaf is the packed qkv, or
-    with `of_bias` the bias that it holds.
+    with `of_bias` the bias that its queries hold.
     """
 
     B: int
@@ -57,12 +57,12 @@ class AttentionCase:
         d_output = torch.randn(self.B, tokens, self.H * self.S, generator=generator)
         qkv, d_output = qkv.to(device, self.dtype), d_output.to(device, self.dtype)
         if self.of_bias:
-            bias = torch.randn(3 * self.H * self.S, generator=generator).to(device, self.dtype)
+            bias = torch.randn(self.H * self.S, generator=generator).to(device, self.dtype)
             return Inputs(leaf=bias.requires_grad_(), constants=(qkv,), d_output=d_output)
         return Inputs(leaf=qkv.requires_grad_(), constants=(), d_output=d_output)
 
     def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
-        """`op(qkv, num_frames)`, or `op(qkv, num_frames, bias)`."""
+        """`op(qkv, num_frames)`, or `op(qkv, num_frames, query_bias)`."""
         return op(*inputs.constants, self.T, inputs.leaf) if self.of_bias else op(inputs.leaf, self.T)
 
 

@@ -4,7 +4,7 @@
     d_hidden[m, d] = d_out[m, d] (Phi(x) + x phi(x)),   d_bias[d] = sum_m d_hidden[m, d]
 
 hidden (..., D) already holds `bias` (D): the product that made it added the bias' numbers without their
-history, as in kernels/linear_gelu.py. Autograd would sum d_hidden in a pass of its own, which reads it once
+history, as in kernels/mlp.py. Autograd would sum d_hidden in a pass of its own, which reads it once
 more: a quarter of what the backward pass moves. The sum is float32, over chunks of rows in their order: no
 atomics.
 

@@ -8,7 +8,10 @@ get the reference.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
+from types import ModuleType
 
 import torch
 
@@ -23,6 +26,7 @@ except ImportError as missing:
         )
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+_QUACK = importlib.util.find_spec("quack") is not None and not INTERPRETED
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,6 +55,26 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
         and (INTERPRETED or tensors[0].is_cuda)
         and all(tensor.dtype in _TRITON_DTYPES for tensor in tensors)
     )
+
+
+def has_quack(tensor: torch.Tensor) -> bool:
+    """Whether this is on a GPU that quack computes on, and quack is installed."""
+    return _QUACK and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+
+
+@functools.cache
+def _quack_products() -> ModuleType | None:
+    try:
+        from miles_fast.kernels import quack_products
+    except Exception as failure:  # of whatever quack or its compiler finds amiss
+        logging.getLogger(__name__).warning("quack cannot be imported, others take its products: %s", failure)
+        return None
+    return quack_products
+
+
+def quack_for(tensor: torch.Tensor) -> ModuleType | None:
+    """kernels/quack_products.py where it can compute, else None: within an op: no compiler traces it."""
+    return _quack_products() if has_quack(tensor) else None
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:

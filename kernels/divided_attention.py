@@ -6,6 +6,10 @@ or in its frame (`space`, P + 1 keys) (spec/miles.md 1.1).
 
     out[b, n, h] = sum over allowed j of softmax_j(q[b, n, h] . k[b, j, h] / sqrt(S)) v[b, j, h]
 
+Of a bias that the qkv layer added, only the queries' part takes the ops' work: one of the keys moves all
+scores of a query alike and changes nothing (its gradient is 0), one of the values adds itself to every out
+(its gradient is the sum of d_out).
+
 Letters beyond the README's: P positions per frame, H heads, S head width.
 """
 
@@ -32,11 +36,12 @@ def divided_attention_reference(qkv_BN3HS: torch.Tensor, num_frames: int, axis: 
     return (weights @ value).transpose(1, 2).flatten(2)
 
 
-def with_bias_history(qkv_BN3HS: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same numbers, whose gradient also reaches a `bias` (3 H S,) that they already hold."""
-    if bias is None:
+def with_bias_history(qkv_BN3HS: torch.Tensor, query_bias: torch.Tensor | None) -> torch.Tensor:
+    """The same numbers, whose gradient also reaches a `query_bias` (H S,) that they already hold."""
+    if query_bias is None:
         return qkv_BN3HS
-    return qkv_BN3HS + (bias - bias.detach()).view(qkv_BN3HS.shape[2:])
+    history = F.pad(query_bias - query_bias.detach(), (0, 2 * len(query_bias)))
+    return qkv_BN3HS + history.view(qkv_BN3HS.shape[2:])
 
 
 def check_packed_qkv(qkv_BN3HS: torch.Tensor, num_frames: int) -> None:

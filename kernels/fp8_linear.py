@@ -8,14 +8,17 @@ and for every row, so that an outlier coarsens its own token only. The gradients
 F.linear(x, w, bias) (straight through): products in fp8 would need casts of the incoming gradient and
 transposed ones of x, which cost about what they save.
 
-No Triton: torch has the product, and plain casts are what torch.compile joins with whatever wrote x. The
-caller keeps K and N multiples of 16, which the product's hardware asks for. Saved for backward: x and w.
+No Triton: torch has the product (and `linear` the input's gradient), and plain casts are what torch.compile
+joins with whatever wrote x. The caller keeps K and N multiples of 16, which the product's hardware asks for.
+Saved for backward: x and w.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from miles_fast.kernels.linear import product
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 TINY = 1e-30  # of a row's largest number: rows of zeros are divided by something
@@ -84,7 +87,7 @@ class _Fp8Linear(torch.autograd.Function):
         d_out_MN = d_out.flatten(0, -2)
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_x = (d_out_MN @ weight_NK).view(x.shape)
+            d_x = product(d_out_MN, weight_NK, None, False).view(x.shape)
         if ctx.needs_input_grad[1]:
             d_weight = d_out_MN.t() @ x.flatten(0, -2)
         if ctx.needs_input_grad[2]:

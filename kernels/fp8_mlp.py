@@ -34,6 +34,7 @@ from miles_fast.kernels.fp8_linear import (
     rounded_product,
     scaled_product,
 )
+from miles_fast.kernels.linear import product
 from miles_fast.kernels.linear_gelu import scaled_linear_gelu, takes_scaled
 
 _ROUNDED = 1.14  # (1 + 2^-4)^2, by which e4m3 can lengthen two numbers' product, and float32's own errors
@@ -82,7 +83,7 @@ class _Fp8Mlp(torch.autograd.Function):
     def backward(ctx, d_out):
         x_MK, first_DK, second_KD, hidden_MD = ctx.saved_tensors
         d_out_MK = d_out.flatten(0, -2)
-        d_active_MD = d_out_MK @ second_KD
+        d_active_MD = product(d_out_MK, second_KD, None, False)
         if runs_triton(hidden_MD):
             d_hidden_MD, d_first_bias_D, active_MD = gelu_backward(d_active_MD, hidden_MD, again=True)
         else:
@@ -90,7 +91,7 @@ class _Fp8Mlp(torch.autograd.Function):
             d_first_bias_D, active_MD = d_hidden_MD.sum(0), F.gelu(hidden_MD)
         of_first, of_second = ctx.bias_dtypes
         return (
-            (d_hidden_MD @ first_DK).view(d_out.shape),
+            product(d_hidden_MD, first_DK, None, False).view(d_out.shape),
             d_hidden_MD.t() @ x_MK,
             d_first_bias_D.to(of_first),
             d_out_MK.t() @ active_MD,

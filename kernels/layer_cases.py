@@ -1,4 +1,4 @@
-"""Cases of biased_gelu, linear_gelu and residual_norm: what kernels/cases.py asks of one."""
+"""Cases of biased_gelu, linear, mlp and residual_norm: what kernels/cases.py asks of one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from miles_fast.kernels.cases import Inputs, short
 
 _HALF, _FULL = torch.bfloat16, torch.float32
+_MLP_LEAVES = ("x", "first", "first_bias", "second", "second_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,9 @@ class BiasedGeluCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearGeluCase:
-    """M rows of K numbers to D; the leaf is one of `x`, `weight` and `bias`. The bytes are a bound no product
-    of this size comes near."""
+class LinearCase:
+    """M rows of K numbers to D; the leaf is one of `x`, `weight` and `bias`. The bytes are a bound that no
+    product of this size comes near."""
 
     M: int
     K: int
@@ -65,19 +66,15 @@ class LinearGeluCase:
 
     @property
     def forward_bytes(self) -> int:
-        return (self.M * (self.K + 2 * self.D) + self.K * self.D) * self.dtype.itemsize
+        return (self.M * (self.K + self.D) + self.K * self.D) * self.dtype.itemsize
 
     @property
     def backward_bytes(self) -> int:
-        return (self.M * (2 * self.D + 2 * self.K) + 2 * self.K * self.D) * self.dtype.itemsize
+        return 2 * (self.M * (self.K + self.D) + self.K * self.D) * self.dtype.itemsize
 
     def inputs(self, device: str) -> Inputs:
         generator = torch.Generator().manual_seed(0)
-        scales = {
-            "x": (1.0, self.M, self.K),
-            "weight": (2 * self.K**-0.5, self.D, self.K),
-            "bias": (1.0, self.D),
-        }
+        scales = {"x": (1.0, self.M, self.K), "weight": (self.K**-0.5, self.D, self.K), "bias": (1.0, self.D)}
         drawn = {
             name: (scale * torch.randn(*shape, generator=generator)).to(device, self.dtype)
             for name, (scale, *shape) in scales.items()
@@ -88,6 +85,51 @@ class LinearGeluCase:
 
     def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
         place = ("x", "weight", "bias").index(self.leaf)
+        return op(*inputs.constants[:place], inputs.leaf, *inputs.constants[place:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpCase:
+    """M rows of K numbers, D hidden ones; the leaf is one of the op's tensors. The bytes are a bound that no
+    product of this size comes near."""
+
+    M: int
+    K: int
+    D: int
+    dtype: torch.dtype
+    leaf: str = "x"
+
+    @property
+    def name(self) -> str:
+        return f"{self.M}x{self.K}x{self.D}-{short(self.dtype)}-{self.leaf}"
+
+    @property
+    def forward_bytes(self) -> int:
+        return (self.M * (2 * self.K + 3 * self.D) + 2 * self.K * self.D) * self.dtype.itemsize
+
+    @property
+    def backward_bytes(self) -> int:
+        return (self.M * (5 * self.D + 4 * self.K) + 4 * self.K * self.D) * self.dtype.itemsize
+
+    def inputs(self, device: str) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        scales = {
+            "x": (1.0, self.M, self.K),
+            "first": (2 * self.K**-0.5, self.D, self.K),
+            "first_bias": (1.0, self.D),
+            "second": (self.D**-0.5, self.K, self.D),
+            "second_bias": (1.0, self.K),
+        }
+        drawn = {
+            name: (scale * torch.randn(*shape, generator=generator)).to(device, self.dtype)
+            for name, (scale, *shape) in scales.items()
+        }
+        d_output = torch.randn(self.M, self.K, generator=generator).to(device, self.dtype)
+        leaf = drawn.pop(self.leaf).requires_grad_()
+        return Inputs(leaf=leaf, constants=tuple(drawn.values()), d_output=d_output)
+
+    def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
+        place = _MLP_LEAVES.index(self.leaf)
         return op(*inputs.constants[:place], inputs.leaf, *inputs.constants[place:])
 
 
@@ -147,12 +189,20 @@ RESIDUAL_NORM_SMALL = tuple(
 )
 
 
-LINEAR_GELU_TRAINER = tuple(
-    LinearGeluCase(M=128 * 785, K=768, D=3072, dtype=_HALF, leaf=leaf) for leaf in ("x", "weight", "bias")
+LINEAR_TRAINER = tuple(
+    LinearCase(M=128 * 785, K=K, D=D, dtype=_HALF) for K, D in ((768, 2304), (768, 768), (3072, 768))
 )
-LINEAR_GELU_SMALL = tuple(
-    LinearGeluCase(M=M, K=K, D=D, dtype=dtype, leaf=leaf)
+LINEAR_SMALL = tuple(
+    LinearCase(M=M, K=K, D=D, dtype=dtype, leaf=leaf)
     for leaf in ("x", "weight", "bias")
+    for M, K, D, dtype in ((8200, 192, 384, _HALF), (8193, 40, 192, torch.float16), (9, 7, 5, _FULL))
+)
+
+
+MLP_TRAINER = tuple(MlpCase(M=128 * 785, K=768, D=3072, dtype=_HALF, leaf=leaf) for leaf in _MLP_LEAVES)
+MLP_SMALL = tuple(
+    MlpCase(M=M, K=K, D=D, dtype=dtype, leaf=leaf)
+    for leaf in _MLP_LEAVES
     for M, K, D, dtype in (
         (128, 64, 256, torch.float16),
         (300, 72, 264, _HALF),

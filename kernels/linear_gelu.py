@@ -1,10 +1,10 @@
-"""linear_gelu: the exact GELU of a linear layer, computed where the product still lies in registers.
+"""The first product of an MLP with its GELU, computed where the product still lies in registers.
 
-    hidden[m, d] = sum_k x[m, k] weight[d, k] + bias[d],   out[m, d] = gelu(hidden[m, d])
+    hidden[m, d] = sum_k x[m, k] weight[d, k] + bias[d],   active[m, d] = gelu(hidden[m, d])
 
 Out of a pass of its own, GELU reads and writes what the product has just written: 0.41 of 1.10 ms for the MLP
 of ViT-B at 128 clips of 4 frames. Here hidden is stored for backward alone, and only when that is wanted.
-Backward is `biased_gelu`'s, and the two products of a linear layer.
+No history: the gradients are kernels/mlp.py's.
 
 `scaled_linear_gelu` is the same of 8-bit floats, to 8-bit floats (kernels/fp8_mlp.py).
 
@@ -16,22 +16,25 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from miles_fast.kernels.biased_gelu import biased_gelu, gelu_backward, gelu_of
-from miles_fast.kernels.dispatch import INTERPRETED, jit, multiprocessors, product, runs_triton, tl, triton
+from miles_fast.kernels.biased_gelu import gelu_of
+from miles_fast.kernels.dispatch import (
+    INTERPRETED,
+    jit,
+    multiprocessors,
+    product,
+    quack_for,
+    runs_triton,
+    tl,
+    triton,
+)
 
 # D rounded up to a power of two -> (rows, columns and depth of a tile, slices that its end is done in, warps,
 # stages). The fastest of those that `python benchmarks/micro.py --op linear_gelu --sweep` tries, on an H100
 # at 128 clips of 785 tokens, 768 to 3072, bf16. Widths that are not named get the same.
 LAUNCH_FORWARD = {4096: (128, 256, 64, 2, 8, 4)}
 LAUNCH_SCALED = (128, 256, 128, 2, 8, 3)  # of four tried at the same shape
-
-
-def linear_gelu_reference(x: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:
-    """gelu(x weight^T + bias), (..., K) to (..., D): the definition, in any dtype."""
-    return F.gelu(F.linear(x, weight_DK, bias_D))
 
 
 @jit
@@ -107,7 +110,8 @@ def _fits(x: torch.Tensor, weight_DK: torch.Tensor, launch: tuple[int, ...], mul
     return halves and large and D % multiple == 0 and K % multiple == 0 and (hopper or INTERPRETED)
 
 
-def _for_bulk_copies(rows: torch.Tensor) -> torch.Tensor:
+def for_bulk_copies(rows: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where it is not contiguous or does not begin at a multiple of 16 bytes."""
     rows = rows.contiguous()
     # DeepSpeed's flat buffers hold weights behind others of any size.
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
@@ -118,7 +122,7 @@ def _run(x_MK, weight_DK, bias_D, scales, keep, launch):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     block_m, block_d, block_k, slices, num_warps, num_stages = launch
-    x_MK, weight_DK = _for_bulk_copies(x_MK), _for_bulk_copies(weight_DK)
+    x_MK, weight_DK = for_bulk_copies(x_MK), for_bulk_copies(weight_DK)
     (M, K), D = x_MK.shape, len(weight_DK)
     out_MD = x_MK.new_empty((M, D))
     hidden_MD = bias_D.new_empty((M, D) if keep else 0)
@@ -152,19 +156,24 @@ def _run(x_MK, weight_DK, bias_D, scales, keep, launch):
 @torch.library.custom_op(
     "miles_fast::linear_gelu",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight_DK, Tensor bias_D, bool keep) -> (Tensor, Tensor)",
+    schema="(Tensor x_MK, Tensor weight_DK, Tensor bias_D, bool keep) -> (Tensor, Tensor)",
 )
-def _linear_gelu(x, weight_DK, bias_D, keep):
-    D, K = weight_DK.shape
-    out_MD, hidden_MD = _run(x.reshape(-1, K), weight_DK, bias_D.to(x.dtype), None, keep, _launch(D))
-    shape = (*x.shape[:-1], D)
-    return out_MD.view(shape), hidden_MD.view(shape) if keep else hidden_MD
+def linear_gelu(x_MK, weight_DK, bias_D, keep):
+    """(gelu(hidden), hidden or with keep=False nothing): both of (M, D), no history.
+
+    Only where `takes` says so. By quack on a Hopper GPU where it is installed, else by Triton.
+    """
+    bias_D = bias_D.to(x_MK.dtype)
+    if products := quack_for(x_MK):
+        inputs = (for_bulk_copies(tensor) for tensor in (x_MK, weight_DK, bias_D))
+        return products.linear_gelu(*inputs, keep)
+    return _run(x_MK, weight_DK, bias_D, None, keep, _launch(len(weight_DK)))
 
 
-@_linear_gelu.register_fake
-def _(x, weight_DK, bias_D, keep):
-    out = x.new_empty((*x.shape[:-1], len(weight_DK)))
-    return out, torch.empty_like(out) if keep else x.new_empty(0)
+@linear_gelu.register_fake
+def _(x_MK, weight_DK, bias_D, keep):
+    shape = len(x_MK), len(weight_DK)
+    return x_MK.new_empty(shape), x_MK.new_empty(shape if keep else 0)
 
 
 @torch.library.custom_op(
@@ -188,6 +197,14 @@ def _(x_MK, weight_DK, bias_D, x_scale_M, weight_scale_D, out_scale_M, keep):
     return x_MK.new_empty(shape), bias_D.new_empty(shape if keep else 0)
 
 
+def takes(x: torch.Tensor, weight_DK: torch.Tensor) -> bool:
+    """Whether `linear_gelu` takes what Triton runs on, x of (..., K).
+
+    Halves on Hopper GPUs and later (or under TRITON_INTERPRET=1), at least 256 numbers out, 64 in, 128 rows.
+    """
+    return _fits(x, weight_DK, _launch(len(weight_DK)), 8)
+
+
 def takes_scaled(x: torch.Tensor, weight_DK: torch.Tensor) -> bool:
     """Whether `scaled_linear_gelu` takes 8-bit floats of what are halves here."""
     return runs_triton(x) and _fits(x, weight_DK, LAUNCH_SCALED, 16)
@@ -196,35 +213,3 @@ def takes_scaled(x: torch.Tensor, weight_DK: torch.Tensor) -> bool:
 @register_flop_formula([torch.ops.miles_fast.linear_gelu, torch.ops.miles_fast.scaled_linear_gelu])
 def _(x_shape, weight_shape, *_, **__):
     return 2 * math.prod(x_shape) * weight_shape[0]
-
-
-def _save_for_backward(ctx, inputs, output):
-    x, weight_DK, bias_D, _ = inputs
-    ctx.save_for_backward(x, weight_DK, output[1])
-    ctx.bias_dtype = bias_D.dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # hidden's would be as large as hidden
-
-
-def _backward(ctx, d_out, _):
-    x, weight_DK, hidden = ctx.saved_tensors
-    d_hidden, d_bias_D, _ = gelu_backward(d_out, hidden)
-    d_weight_DK = d_hidden.flatten(0, -2).T @ x.flatten(0, -2)
-    return d_hidden @ weight_DK, d_weight_DK, d_bias_D.to(ctx.bias_dtype), None
-
-
-_linear_gelu.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def linear_gelu(x: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor) -> torch.Tensor:
-    """gelu(x weight^T + bias), (..., K) to (..., D): the exact GELU of a linear layer.
-
-    One Triton kernel for bfloat16 and float16 on Hopper GPUs and later (or under TRITON_INTERPRET=1) from 256
-    numbers out and 128 rows on; on other GPUs, and in float32, the product and `biased_gelu`; else the
-    reference.
-    """
-    if runs_triton(x) and _fits(x, weight_DK, _launch(len(weight_DK)), 8):
-        return _linear_gelu(x, weight_DK, bias_D, torch.is_grad_enabled())[0]
-    if x.is_cuda and runs_triton(x):
-        return biased_gelu(F.linear(x, weight_DK, bias_D.detach()), bias_D)
-    return linear_gelu_reference(x, weight_DK, bias_D)

@@ -18,11 +18,12 @@ Forward saves lse (B, H, N) float32. Backward:
 
 in two kernels (kernels/space_attention_kernels.py): programs of the first own queries (d_q, and delta for the
 second), programs of the second own keys (d_k, d_v). Seven products instead of five, but no d_q passes between
-programs. W and dX are rounded to the input's dtype for the products; everything else is float32. With `bias`,
-which qkv already holds, they also leave the sums of their d_q, d_k and d_v over rows, which add up to its
-gradient.
+programs. W and dX are rounded to the input's dtype for the products; everything else is float32. With
+`query_bias`, which qkv already holds, those of the first also leave the sums of their d_q over rows: its
+gradient in parts.
 
-Letters beyond the README's: P positions per frame, H heads, S head width.
+Letters beyond the README's: P positions per frame, H heads, S head width, F frames of all clips, C blocks of
+queries.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ LAUNCH_BACKWARD_KEY = {(256, 64): (32, 64, 4, 4, None)}
 
 
 def space_attention_reference(
-    qkv_BN3HS: torch.Tensor, num_frames: int, bias: torch.Tensor | None = None
+    qkv_BN3HS: torch.Tensor, num_frames: int, query_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """out (B, N, H S): the definition, in any dtype, differentiable by autograd."""
-    return divided_attention_reference(with_bias_history(qkv_BN3HS, bias), num_frames, "space")
+    return divided_attention_reference(with_bias_history(qkv_BN3HS, query_bias), num_frames, "space")
 
 
 def _launch_parameters(table: dict, qkv_BN3HS: torch.Tensor, P: int) -> tuple[int, int, int, int, int | None]:
@@ -122,20 +123,17 @@ def _differentiate_frames(
     P = (N - 1) // T
     d_qkv_BN3HS = torch.empty_like(qkv_BN3HS)
     if d_qkv_BN3HS.numel() == 0:
-        return d_qkv_BN3HS, qkv_BN3HS.new_zeros(3 * H * S, dtype=torch.float32)
+        return d_qkv_BN3HS, qkv_BN3HS.new_zeros(H * S, dtype=torch.float32)
     row_starts_BHN2 = torch.empty((B, H, N, 2), dtype=torch.float32, device=qkv_BN3HS.device)
     cls_partial_BHT3S = torch.empty((B, H, T, 3, S), dtype=torch.float32, device=qkv_BN3HS.device)
     scales = math.log2(math.e) / math.sqrt(S), 1 / math.sqrt(S)
-    sizes = {"P": P, "H": H, "S": S, "BLOCK_S": max(16, triton.next_power_of_2(S)), "WITH_BIAS": with_bias}
-
-    def partial(block: int, parts: int) -> torch.Tensor:
-        programs = (B * T, H, triton.cdiv(P + 1, block)) if with_bias else (0, H, 1)
-        return torch.empty((*programs, parts, S), dtype=torch.float32, device=qkv_BN3HS.device)
+    sizes = {"P": P, "H": H, "S": S, "BLOCK_S": max(16, triton.next_power_of_2(S))}
 
     with torch.cuda.device_of(qkv_BN3HS):
         block_q, block_k, num_warps, stages, maxnreg = _launch_parameters(LAUNCH_BACKWARD_QUERY, qkv_BN3HS, P)
-        query_bias_FHC1S = partial(block_q, 1)
-        query_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_q),)](
+        C = triton.cdiv(P + 1, block_q)
+        bias_partial_FHCS = row_starts_BHN2.new_empty((B * T if with_bias else 0, H, C, S))
+        query_gradient_kernel[(B * T * H * C,)](
             qkv_BN3HS,
             out_BND,
             d_out_BND,
@@ -143,10 +141,11 @@ def _differentiate_frames(
             row_starts_BHN2,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
-            query_bias_FHC1S,
+            bias_partial_FHCS,
             N,
             *scales,
             **sizes,
+            WITH_BIAS=with_bias,
             BLOCK_Q=block_q,
             LAST_ROWS=_tail(P, block_q),
             BLOCK_K=block_k,
@@ -156,14 +155,12 @@ def _differentiate_frames(
             maxnreg=maxnreg,
         )
         block_q, block_k, num_warps, stages, maxnreg = _launch_parameters(LAUNCH_BACKWARD_KEY, qkv_BN3HS, P)
-        key_bias_FHC2S = partial(block_k, 2)
         key_gradient_kernel[(B * T * H * triton.cdiv(P + 1, block_k),)](
             qkv_BN3HS,
             d_out_BND,
             row_starts_BHN2,
             d_qkv_BN3HS,
             cls_partial_BHT3S,
-            key_bias_FHC2S,
             N,
             *scales,
             **sizes,
@@ -176,8 +173,7 @@ def _differentiate_frames(
             maxnreg=maxnreg,
         )
         combine_cls_gradient(cls_partial_BHT3S, d_qkv_BN3HS)
-    d_bias_H3S = torch.cat([share.sum((0, 2)) for share in (query_bias_FHC1S, key_bias_FHC2S)], dim=1)
-    return d_qkv_BN3HS, d_bias_H3S.transpose(0, 1).flatten()
+    return d_qkv_BN3HS, bias_partial_FHCS.sum((0, 2)).flatten()
 
 
 # Opaque custom ops rather than triton_op: `wrap_triton` refuses interpreted kernels, and there is nothing
@@ -185,14 +181,14 @@ def _differentiate_frames(
 @torch.library.custom_op(
     "miles_fast::space_attention",
     mutates_args=(),
-    schema="(Tensor qkv_BN3HS, SymInt num_frames, Tensor? bias=None) -> (Tensor, Tensor)",
+    schema="(Tensor qkv_BN3HS, SymInt num_frames, Tensor? query_bias=None) -> (Tensor, Tensor)",
 )
-def _space_attention(qkv_BN3HS, num_frames, bias=None):
+def _space_attention(qkv_BN3HS, num_frames, query_bias=None):
     return _attend_frames(qkv_BN3HS, num_frames)
 
 
 @_space_attention.register_fake
-def _(qkv_BN3HS, num_frames, bias=None):
+def _(qkv_BN3HS, num_frames, query_bias=None):
     B, N, _, H, S = qkv_BN3HS.shape
     return qkv_BN3HS.new_empty((B, N, H * S)), qkv_BN3HS.new_empty((B, H, N), dtype=torch.float32)
 
@@ -210,12 +206,12 @@ def _space_attention_backward(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames
 @_space_attention_backward.register_fake
 def _(d_out_BND, qkv_BN3HS, out_BND, lse_BHN, num_frames, with_bias):
     _, _, _, H, S = qkv_BN3HS.shape
-    return qkv_BN3HS.new_empty(qkv_BN3HS.shape), qkv_BN3HS.new_empty(3 * H * S, dtype=torch.float32)
+    return qkv_BN3HS.new_empty(qkv_BN3HS.shape), qkv_BN3HS.new_empty(H * S, dtype=torch.float32)
 
 
 def _save_for_backward(ctx, inputs, output):
-    qkv_BN3HS, ctx.num_frames, bias = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    qkv_BN3HS, ctx.num_frames, query_bias = inputs
+    ctx.bias_dtype = None if query_bias is None else query_bias.dtype
     ctx.save_for_backward(qkv_BN3HS, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -231,11 +227,11 @@ _space_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def space_attention(
-    qkv_BN3HS: torch.Tensor, num_frames: int, bias: torch.Tensor | None = None
+    qkv_BN3HS: torch.Tensor, num_frames: int, query_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attention within frames: (B, N, 3, H, S) to (B, N, H * S), with N = 1 + `num_frames` * P and gradient.
 
-    `bias` (3 H S,) is one that qkv already holds without its history: it gets its gradient here.
+    `query_bias` (H S,) is one that the queries already hold without its history: it gets its gradient here.
 
     Triton for float32, bfloat16 and float16 on CUDA tensors (or under TRITON_INTERPRET=1), else the
     reference. A qkv that is not contiguous is copied once.
@@ -245,5 +241,5 @@ def space_attention(
     """
     check_packed_qkv(qkv_BN3HS, num_frames)
     if runs_triton(qkv_BN3HS):
-        return _space_attention(qkv_BN3HS.contiguous(), num_frames, bias)[0]
-    return space_attention_reference(qkv_BN3HS, num_frames, bias)
+        return _space_attention(qkv_BN3HS.contiguous(), num_frames, query_bias)[0]
+    return space_attention_reference(qkv_BN3HS, num_frames, query_bias)

@@ -272,7 +272,6 @@ def key_gradient_kernel(
     row_starts_ptr,
     d_qkv_ptr,
     cls_partial_ptr,
-    bias_partial_ptr,
     num_tokens,
     scale,
     d_scale,
@@ -285,20 +284,14 @@ def key_gradient_kernel(
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
-    WITH_BIAS: tl.constexpr,
 ):
     place = _place(num_tokens, P, H, BLOCK_K)
-    bias_ptr = bias_partial_ptr + tl.program_id(0).to(tl.int64) * 2 * S
-    ins, outs = (qkv_ptr, d_out_ptr, row_starts_ptr), (d_qkv_ptr, cls_partial_ptr, bias_ptr)
+    ins, outs = (qkv_ptr, d_out_ptr, row_starts_ptr), (d_qkv_ptr, cls_partial_ptr)
     numbers = num_tokens, scale, d_scale
     if place[3] < P // BLOCK_K * BLOCK_K:
-        _key_rows(
-            place, ins, outs, numbers, P, H, S, BLOCK_Q, BLOCK_K, False, TAIL, BLOCK_S, STAGES, WITH_BIAS
-        )
+        _key_rows(place, ins, outs, numbers, P, H, S, BLOCK_Q, BLOCK_K, False, TAIL, BLOCK_S, STAGES)
     else:
-        _key_rows(
-            place, ins, outs, numbers, P, H, S, BLOCK_Q, LAST_ROWS, True, TAIL, BLOCK_S, STAGES, WITH_BIAS
-        )
+        _key_rows(place, ins, outs, numbers, P, H, S, BLOCK_Q, LAST_ROWS, True, TAIL, BLOCK_S, STAGES)
 
 
 @jit
@@ -316,11 +309,10 @@ def _key_rows(
     TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
-    WITH_BIAS: tl.constexpr,
 ):
     clip, frame, head, first_key = place
     qkv_ptr, d_out_ptr, row_starts_ptr = ins
-    d_qkv_ptr, cls_partial_ptr, bias_ptr = outs
+    d_qkv_ptr, cls_partial_ptr = outs
     num_tokens, scale, d_scale = numbers
     D: tl.constexpr = H * S
     ROW: tl.constexpr = 3 * D
@@ -353,11 +345,6 @@ def _key_rows(
     d_k *= d_scale
 
     column = tl.arange(0, BLOCK_S)
-    if WITH_BIAS:
-        # Rows behind CLS hold what became of their weights, which are not 0.
-        present = (key <= P)[:, None]
-        tl.store(bias_ptr + column, tl.sum(tl.where(present, d_k, 0.0), axis=0), mask=column < S)
-        tl.store(bias_ptr + S + column, tl.sum(tl.where(present, d_v, 0.0), axis=0), mask=column < S)
     inside = (key < P)[:, None] & (column < S)[None, :]
     d_k_ptr = d_qkv_ptr + (clip * num_tokens + first_token + first_key) * ROW + D + head * S
     d_k_ptrs = d_k_ptr + tl.arange(0, BLOCK_K)[:, None] * ROW + column[None, :]

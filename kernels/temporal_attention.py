@@ -14,8 +14,8 @@ pairs of these rows. Most pairs are masked, but a masked product costs less than
 products per row. The CLS row is thereby the CLS query's share over these keys and the CLS key's share of
 these gradients: float32 partial results, which kernels/cls_row.py adds up.
 
-With `bias`, which qkv already holds, backward also gives its gradient d_bias, the sum of d_qkv over all rows,
-while d_qkv is still in registers: float32 partial results per program.
+With `query_bias`, which qkv already holds, backward also gives its gradient, the sum of d_q over all rows,
+while d_q is still in registers: float32 partial results per program.
 
 Saved for backward: qkv, out (for its CLS row; the projection that follows keeps the same tensor) and the CLS
 row's log-sum-exp. The other weights are computed again.
@@ -50,10 +50,10 @@ _FLOAT32_ROWS = 32
 
 
 def temporal_attention_reference(
-    qkv_BN3HS: torch.Tensor, num_frames: int, bias: torch.Tensor | None = None
+    qkv_BN3HS: torch.Tensor, num_frames: int, query_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """out (B, N, H S): the definition, in any dtype, differentiable by autograd."""
-    return divided_attention_reference(with_bias_history(qkv_BN3HS, bias), num_frames, "time")
+    return divided_attention_reference(with_bias_history(qkv_BN3HS, query_bias), num_frames, "time")
 
 
 @jit
@@ -186,26 +186,21 @@ def _differentiate_kernel(
     d_scores = (weights * (d_weights - delta[:, None]) * SCALE).to(q.dtype)
 
     stored = is_patch[:, None] & inside
-    share = ((clip * H + head) * num_chunks + chunk) * (3 * S)
-    partial = partial_ptr + share + tl.zeros([ROWS], tl.int64)[:, None] + column[None, :]
+    share = ((clip * H + head) * num_chunks + chunk) * S
+    partial = partial_ptr + 3 * share + tl.zeros([ROWS], tl.int64)[:, None] + column[None, :]
     is_partial = is_cls[:, None] & inside
-    # Rows without a token have no gradient, so that whole columns are summed.
-    bias_partial_ptr += share + column
     d_v = product(tl.trans(weights.to(q.dtype)), d_out, None)
     tl.store(d_qkv_ptr + qkv_offset + 2 * H * S, d_v, mask=stored)
     tl.store(partial + 2 * S, d_v, mask=is_partial)
-    if WITH_BIAS:
-        tl.store(bias_partial_ptr + 2 * S, tl.sum(d_v, axis=0), mask=column < S)
     d_k = product(tl.trans(d_scores), q, None)
     tl.store(d_qkv_ptr + qkv_offset + H * S, d_k, mask=stored)
     tl.store(partial + S, d_k, mask=is_partial)
-    if WITH_BIAS:
-        tl.store(bias_partial_ptr + S, tl.sum(d_k, axis=0), mask=column < S)
     d_q = product(d_scores, k, None)
     tl.store(d_qkv_ptr + qkv_offset, d_q, mask=stored)
     tl.store(partial, d_q, mask=is_partial)
     if WITH_BIAS:
-        tl.store(bias_partial_ptr, tl.sum(d_q, axis=0), mask=column < S)
+        # Rows without a token have no gradient, so that whole columns are summed.
+        tl.store(bias_partial_ptr + share + column, tl.sum(d_q, axis=0), mask=column < S)
 
 
 def _launch_constants(table: dict, qkv_BN3HS: torch.Tensor, num_frames: int) -> tuple[int, dict]:
@@ -243,9 +238,9 @@ def _divide_positions(
 @torch.library.custom_op(
     "miles_fast::temporal_attention",
     mutates_args=(),
-    schema="(Tensor qkv_BN3HS, int num_frames, Tensor? bias=None) -> (Tensor, Tensor)",
+    schema="(Tensor qkv_BN3HS, int num_frames, Tensor? query_bias=None) -> (Tensor, Tensor)",
 )
-def _temporal_attention(qkv_BN3HS, num_frames, bias=None):
+def _temporal_attention(qkv_BN3HS, num_frames, query_bias=None):
     qkv_BN3HS = qkv_BN3HS.contiguous()
     B, N, _, H, S = qkv_BN3HS.shape
     C, constants = _launch_constants(LAUNCH_FORWARD, qkv_BN3HS, num_frames)
@@ -261,7 +256,7 @@ def _temporal_attention(qkv_BN3HS, num_frames, bias=None):
 
 
 @_temporal_attention.register_fake
-def _(qkv_BN3HS, num_frames, bias=None):
+def _(qkv_BN3HS, num_frames, query_bias=None):
     B, N, _, H, S = qkv_BN3HS.shape
     return qkv_BN3HS.new_empty((B, N, H * S)), qkv_BN3HS.new_empty((B, H), dtype=torch.float32)
 
@@ -278,7 +273,7 @@ def _temporal_attention_backward(d_out_BND, qkv_BN3HS, out_BND, lse_BH, num_fram
     C, constants = _launch_constants(LAUNCH_BACKWARD, qkv_BN3HS, num_frames)
     d_qkv_BN3HS = torch.empty_like(qkv_BN3HS)
     partial_BHC3S = qkv_BN3HS.new_empty((B, H, C, 3, S), dtype=torch.float32)
-    bias_partial_BHC3S = torch.empty_like(partial_BHC3S) if with_bias else partial_BHC3S[:0]
+    bias_partial_BHCS = partial_BHC3S.new_empty((B if with_bias else 0, H, C, S))
     with torch.cuda.device_of(qkv_BN3HS):
         _differentiate_kernel[(B * C * H,)](
             qkv_BN3HS,
@@ -287,25 +282,25 @@ def _temporal_attention_backward(d_out_BND, qkv_BN3HS, out_BND, lse_BH, num_fram
             d_out_BND,
             d_qkv_BN3HS,
             partial_BHC3S,
-            bias_partial_BHC3S,
+            bias_partial_BHCS,
             N,
             C,
             WITH_BIAS=with_bias,
             **constants,
         )
         combine_cls_gradient(partial_BHC3S, d_qkv_BN3HS)
-    return d_qkv_BN3HS, bias_partial_BHC3S.sum((0, 2)).transpose(0, 1).flatten()
+    return d_qkv_BN3HS, bias_partial_BHCS.sum((0, 2)).flatten()
 
 
 @_temporal_attention_backward.register_fake
 def _(d_out_BND, qkv_BN3HS, out_BND, lse_BH, num_frames, with_bias):
     _, _, _, H, S = qkv_BN3HS.shape
-    return qkv_BN3HS.new_empty(qkv_BN3HS.shape), qkv_BN3HS.new_empty(3 * H * S, dtype=torch.float32)
+    return qkv_BN3HS.new_empty(qkv_BN3HS.shape), qkv_BN3HS.new_empty(H * S, dtype=torch.float32)
 
 
 def _save_for_backward(ctx, inputs, output):
-    qkv_BN3HS, ctx.num_frames, bias = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    qkv_BN3HS, ctx.num_frames, query_bias = inputs
+    ctx.bias_dtype = None if query_bias is None else query_bias.dtype
     ctx.save_for_backward(qkv_BN3HS, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -321,11 +316,11 @@ _temporal_attention.register_autograd(_backward, setup_context=_save_for_backwar
 
 
 def temporal_attention(
-    qkv_BN3HS: torch.Tensor, num_frames: int, bias: torch.Tensor | None = None
+    qkv_BN3HS: torch.Tensor, num_frames: int, query_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Divided attention along time: packed qkv (B, 1 + T P, 3, H, S) to (B, 1 + T P, H * S), with gradient.
 
-    `bias` (3 H S,) is one that qkv already holds without its history: it gets its gradient here.
+    `query_bias` (H S,) is one that the queries already hold without its history: it gets its gradient here.
 
     Triton for float32, bfloat16 and float16 on CUDA tensors (or under TRITON_INTERPRET=1) up to 63 frames and
     heads of 128, else the reference. A qkv that is not contiguous is copied once.
@@ -340,5 +335,5 @@ def temporal_attention(
         and qkv_BN3HS.shape[-1] <= _MAX_HEAD_WIDTH
         and qkv_BN3HS.numel() > 0
     ):
-        return _temporal_attention(qkv_BN3HS, num_frames, bias)[0]
-    return temporal_attention_reference(qkv_BN3HS, num_frames, bias)
+        return _temporal_attention(qkv_BN3HS, num_frames, query_bias)[0]
+    return temporal_attention_reference(qkv_BN3HS, num_frames, query_bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -45,28 +46,32 @@ def note_once(message: str) -> None:
     logger.info(message)
 
 
-def gather_rows(local_BE: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, (W * B, E); every rank gives equally many.
+def start_gather(local_BE: Tensor) -> Callable[[], Tensor]:
+    """Start to gather rows: what is called between this and its result runs while they travel.
 
-    Its gradient is the sum of all ranks' gradients with respect to this rank's rows, so that a loss averaged
-    over ranks has the gradient of one process on the joined batch (spec/miles.md 2.4: the official code
-    leaves it out).
+    The result, called once, gives those of all ranks in rank order, (W * B, E); every rank gives equally
+    many. Their gradient is the sum of all ranks' gradients with respect to this rank's rows, so that a loss
+    averaged over ranks has the gradient of one process on the joined batch (spec/miles.md 2.4: the official
+    code leaves it out).
     """
-    return _GatherRows.apply(local_BE) if world_size() > 1 else local_BE
+    if world_size() == 1:
+        return lambda: local_BE
+    gathered = local_BE.new_empty(world_size() * local_BE.shape[0], *local_BE.shape[1:])
+    sent = dist.all_gather_into_tensor(gathered, local_BE.detach().contiguous(), async_op=True)
+    return lambda: _Gathered.apply(local_BE, gathered, sent)
 
 
-class _GatherRows(torch.autograd.Function):
+class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, local_BE: Tensor) -> Tensor:
-        gathered = local_BE.new_empty(world_size() * local_BE.shape[0], *local_BE.shape[1:])
-        dist.all_gather_into_tensor(gathered, local_BE.contiguous())
+    def forward(ctx, local_BE: Tensor, gathered: Tensor, sent: dist.Work) -> Tensor:
+        sent.wait()
         return gathered
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
+        return gradient.chunk(world_size())[rank()], None, None
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

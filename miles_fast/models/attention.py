@@ -25,11 +25,12 @@ from miles_fast.kernels.temporal_attention import temporal_attention
 
 
 def divided_attention(
-    qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: str = "auto", bias: Tensor | None = None
+    qkv_BN3HS: Tensor, num_frames: int, axis: Axis, backend: str = "auto", query_bias: Tensor | None = None
 ) -> Tensor:
     """Attend along one axis; returns (B, N, H * S) in the dtype of the input.
 
-    `bias` (3 H S,) is one that qkv already holds without its history (`takes_bias`): it gets its gradient.
+    `query_bias` (H S,) is one that the queries already hold without its history (`takes_bias`): it gets its
+    gradient.
 
     Backends: `triton` (this project's ops, from the packed qkv), `sdpa` (torch's fused attention), `flash`
     (flash-attn 4 or 2: CUDA, bf16 or fp16), `eager` (products and a softmax over rearranged copies, as the
@@ -42,8 +43,8 @@ def divided_attention(
     check_packed_qkv(qkv_BN3HS, num_frames)
     if backend == "triton" or (backend == "auto" and qkv_BN3HS.is_cuda):
         op = temporal_attention if axis == "time" else space_attention
-        return op(qkv_BN3HS, num_frames, bias)
-    qkv_BN3HS = with_bias_history(qkv_BN3HS, bias)
+        return op(qkv_BN3HS, num_frames, query_bias)
+    qkv_BN3HS = with_bias_history(qkv_BN3HS, query_bias)
     if backend == "reference":
         return divided_attention_reference(qkv_BN3HS, num_frames, axis)
     if backend not in ("auto", *_ATTEND):
@@ -60,8 +61,8 @@ def divided_attention(
 
 
 def takes_bias(x: Tensor, backend: str) -> bool:
-    """Whether attention gives the qkv layer's bias its gradient at no cost (this project's ops on a GPU)."""
-    return x.is_cuda and backend in ("auto", "triton") and runs_triton(x)
+    """Whether attention gives a bias of the queries its gradient at no cost (this project's ops on a GPU)."""
+    return torch.is_grad_enabled() and x.is_cuda and backend in ("auto", "triton") and runs_triton(x)
 
 
 def require_backend(backend: str) -> None:

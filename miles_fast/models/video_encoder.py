@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from miles_fast.config import VideoEncoderConfig
 from miles_fast.kernels.fp8_linear import fp8_linear
 from miles_fast.kernels.fp8_mlp import fp8_mlp
-from miles_fast.kernels.linear_gelu import linear_gelu
+from miles_fast.kernels.linear import linear
+from miles_fast.kernels.mlp import mlp
 from miles_fast.kernels.residual_norm import residual_norm, takes_biases
 from miles_fast.kernels.token_gather import token_gather
 from miles_fast.models.attention import Axis, divided_attention, require_backend, takes_bias
 from miles_fast.models.compilation import compile_each, inductor_within
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class DividedAttention(nn.Module):
@@ -27,7 +33,7 @@ class DividedAttention(nn.Module):
     def __init__(self, width: int, heads: int, axis: Axis, backend: str) -> None:
         super().__init__()
         self.heads, self.axis, self.backend, self.fp8 = heads, axis, backend, False
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = _Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(
@@ -39,17 +45,40 @@ class DividedAttention(nn.Module):
         bias_gets_gradient: bool = True,
     ) -> Tensor:
         """`bias_gets_gradient`: proj's, from here; else the `residual_norm` behind gives it."""
-        bias = self.qkv.bias if takes_bias(x_BND, self.backend) else None
-        if self.fp8 or bias is not None:
-            linear = fp8_linear if self.fp8 else F.linear
-            qkv_BND = linear(x_BND, self.qkv.weight, self.qkv.bias if bias is None else bias.detach())
+        parted = takes_bias(x_BND, self.backend)
+        if self.fp8 or parted:
+            compute = fp8_linear if self.fp8 else linear
+            qkv_BND = compute(x_BND, self.qkv.weight, self.qkv.bias.detach() if parted else self.qkv.bias)
         else:
             qkv_BND = self.qkv(x_BND)
         qkv_BN3HS = qkv_BND.unflatten(-1, (3, self.heads, -1))
-        attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend, bias)
+        query_bias = self.qkv.bias.chunk(3)[0] if parted else None
+        attended_BND = divided_attention(qkv_BN3HS, num_frames, self.axis, self.backend, query_bias)
         if rows_BM is not None:
             attended_BND = _rows(attended_BND, rows_BM)
-        return _linear(self.proj, attended_BND, bias_gets_gradient)
+        bias = self.output_bias(x_BND) if bias_gets_gradient else self.proj.bias.detach()
+        return linear(attended_BND, self.proj.weight, bias)
+
+    def output_bias(self, x_BND: Tensor) -> Tensor:
+        """proj's bias; where attention gives only the queries' bias its gradient, the values' gets it here.
+
+        A bias of the values is one of the output: weights add up to 1. One of the keys changes nothing.
+        """
+        if not takes_bias(x_BND, self.backend):
+            return self.proj.bias
+        return _WithValueBias.apply(self.proj.bias, self.proj.weight, self.qkv.bias.chunk(3)[2])
+
+
+class _WithValueBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, bias_D: Tensor, weight_DD: Tensor, value_bias_D: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_DD)
+        return bias_D.view_as(bias_D)
+
+    @staticmethod
+    def backward(ctx, d_bias_D: Tensor) -> tuple[Tensor, None, Tensor]:
+        (weight_DD,) = ctx.saved_tensors
+        return d_bias_D, None, d_bias_D @ weight_DD
 
 
 class Mlp(nn.Module):
@@ -63,14 +92,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, *, bias_gets_gradient: bool = True) -> Tensor:
         """`bias_gets_gradient`: fc2's, as in `DividedAttention.forward`."""
-        if self.fp8:
-            bias = self.fc2.bias if bias_gets_gradient else self.fc2.bias.detach()
-            return fp8_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias)
-        return _linear(self.fc2, linear_gelu(x, self.fc1.weight, self.fc1.bias), bias_gets_gradient)
-
-
-def _linear(layer: nn.Linear, x: Tensor, bias_gets_gradient: bool) -> Tensor:
-    return layer(x) if bias_gets_gradient else F.linear(x, layer.weight, layer.bias.detach())
+        bias = self.fc2.bias if bias_gets_gradient else self.fc2.bias.detach()
+        compute = fp8_mlp if self.fp8 else mlp
+        return compute(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias)
 
 
 class Block(nn.Module):
@@ -86,18 +110,26 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.norm3 = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, x_BND: Tensor, num_frames: int, rows_BM: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D), or only the rows `rows_BM` of it: behind attention no row needs another."""
+    def forward(
+        self, x_BND: Tensor, branch_BND: Tensor | None, num_frames: int, rows_BM: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both terms of the sum (B, N, D) that the next layer takes, of both terms of one (or a sum, None).
+
+        So that the compiler joins the addition with the norm behind it. Or only the rows `rows_BM` of them:
+        behind attention no row needs another.
+        """
+        if branch_BND is not None:
+            x_BND = x_BND + branch_BND
         own = not takes_biases(x_BND)
         attended = self.timeattn(self.norm3(x_BND), num_frames, bias_gets_gradient=own)
-        biases = None if own else (self.timeattn.proj.bias,)
+        biases = None if own else (self.timeattn.output_bias(x_BND),)
         normed, _ = _add_and_normalize(x_BND, attended, self.norm1, biases, with_total=False)
         attended = self.attn(normed, num_frames, rows_BM, bias_gets_gradient=own)
         if rows_BM is not None:
             x_BND = _rows(x_BND, rows_BM)
-        biases = None if own else (self.attn.proj.bias, self.mlp.fc2.bias)
+        biases = None if own else (self.attn.output_bias(x_BND), self.mlp.fc2.bias)
         normed, space = _add_and_normalize(x_BND, attended, self.norm2, biases)
-        return space + self.mlp(normed, bias_gets_gradient=own)
+        return space, self.mlp(normed, bias_gets_gradient=own)
 
 
 def _rows(x_BND: Tensor, rows_BM: Tensor) -> Tensor:
@@ -135,7 +167,7 @@ class PatchEmbedding(nn.Module):
         video = video_BTCHW.to(self.proj.weight.dtype)
         grid = video.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # B T C rows size columns size
         patches = grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def initialize_linear_layers(module: nn.Module) -> None:
@@ -215,9 +247,11 @@ class SpaceTimeTransformer(nn.Module):
         if visible_BK is not None:
             x_BND = token_gather(x_BND, F.pad(visible_BK + 1, (1, 0)))
         *blocks, last = self.blocks
+        terms = x_BND, None
         for block in blocks:
-            x_BND = block(x_BND, num_frames)
-        return self.norm(last(x_BND, num_frames, rows_BM))
+            terms = block(*terms, num_frames)
+        x_BND, branch_BND = last(*terms, num_frames, rows_BM)
+        return self.norm(x_BND + branch_BND)
 
     def embed(
         self,

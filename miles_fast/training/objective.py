@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from miles_fast.config import MethodConfig
 from miles_fast.kernels.feature_regression import feature_regression
 from miles_fast.models.dual_encoder import DualEncoder
-from miles_fast.training.losses import contrastive_loss
+from miles_fast.training.losses import start_contrast
 from miles_fast.training.predictor import Predictor
 
 
@@ -55,11 +55,16 @@ class Objective(nn.Module):
     ) -> Losses:
         """Losses of a batch; `masked_BM` counts patches from 0, `target_BMD` are the snapshot's there."""
         inputs = (video_BTCHW, token_ids_BL, attention_BL, masked_BM, target_BMD)
-        text_BE, video_BE, regression, cosine, std = self.encode(*(x for x in inputs if x is not None))
-        contrast = contrastive_loss(text_BE, video_BE, self.method.contrast)
+        text_BE, video_BE, regression, features_BMD = self.encode(*(x for x in inputs if x is not None))
+        finish_contrast = start_contrast(text_BE, video_BE, self.method.contrast)
+        # A copy: of a CUDA graph it is memory that the next micro step writes to.
+        logged = regression.detach().clone()
+        cosine = std = torch.zeros_like(logged)
+        if target_BMD is not None:
+            cosine, std = self.statistics(features_BMD, target_BMD)
+        contrast = finish_contrast()
         total = contrast + self.method.regression.weight * regression
-        # Copies: of a CUDA graph the others are memory that the next micro step writes to.
-        return Losses(total, contrast.detach(), *(x.detach().clone() for x in (regression, cosine, std)))
+        return Losses(total, contrast.detach(), logged, cosine, std)
 
     def encode(
         self,
@@ -68,18 +73,18 @@ class Objective(nn.Module):
         attention_BL: Tensor,
         masked_BM: Tensor | None = None,
         target_BMD: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What needs no other rank: texts and videos (B, E), and regression, cosine and std as in Losses."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What needs no other rank: texts and videos (B, E), regression, and what it regressed, (B, M, D)."""
         text_BE = self.model.embed_text(token_ids_BL, attention_BL)
         return text_BE, *self.encode_videos(video_BTCHW, masked_BM, target_BMD)
 
     def encode_videos(
         self, video_BTCHW: Tensor, masked_BM: Tensor | None = None, target_BMD: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The part of `encode` that takes no texts: all but the first."""
         if self.method.view == "none":
             zero = torch.zeros((), device=video_BTCHW.device)
-            return self.model.embed_video(video_BTCHW), zero, zero, zero
+            return self.model.embed_video(video_BTCHW), zero, zero
         assert masked_BM is not None and target_BMD is not None
         if self.method.view == "D":
             cls_BD, features_BMD = self._encode_visible(video_BTCHW, masked_BM)
@@ -91,7 +96,7 @@ class Objective(nn.Module):
         regression = feature_regression(
             features_BMD, target_BMD, normalization=self.method.regression.normalization
         )
-        return self.model.vid_proj(cls_BD), regression, *self.statistics(features_BMD, target_BMD)
+        return self.model.vid_proj(cls_BD), regression, features_BMD.detach()
 
     @staticmethod
     @torch.no_grad()

@@ -59,7 +59,7 @@ def test_a_rival_that_fails_is_named_and_ends_nothing(micro, monkeypatch, tmp_pa
     assert status == 0 and found["product_tflops_per_second"] == 20
     assert found["refused"] == [f"op {CASE.name}: fails: RuntimeError: no kernel image"]
     graphs = {row["implementation"]: row["graph"] for row in found["timings"]}
-    assert graphs == {"triton": True, "uncapturable": False, "eager": True}
+    assert graphs == {"miles_fast": True, "uncapturable": False, "eager": True}
     for row in found["timings"]:
         assert row["forward_share_of_copy"] == pytest.approx(CASE.forward_bytes / 1e6 / 10)
         assert row["backward_share_of_copy"] == pytest.approx(CASE.backward_bytes / 2e6 / 10)

@@ -9,6 +9,7 @@ from golden import GOLDEN, LAST_TOKEN, SECOND, fill, golden_encoder
 
 from miles_fast.config import VideoEncoderConfig
 from miles_fast.kernels.divided_attention import divided_attention_reference
+from miles_fast.models import video_encoder
 from miles_fast.models.attention import divided_attention
 from miles_fast.models.video_encoder import SpaceTimeTransformer, load_image_weights
 
@@ -188,6 +189,34 @@ def test_masked_patches_do_not_see_their_pixels_and_rows_are_picked():
     torch.testing.assert_close(listed[0, :2], one[0, [4, 20]], atol=1e-5, rtol=0)
     torch.testing.assert_close(listed[0, 2], plain[0, 0], atol=1e-5, rtol=0)
     assert (plain - one).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("summed_behind", [False, True])
+@pytest.mark.parametrize("rows", [None, [[0, 4, 20], [1, 2, 9]]])
+def test_biases_get_the_same_gradient_in_parts(monkeypatch, rows, summed_behind):
+    """Of qkv's, queries' from attention, values' from the output's, which what follows may have summed."""
+    torch.manual_seed(0)
+    encoder = SpaceTimeTransformer(TINY).double()
+    for name, parameter in encoder.named_parameters():
+        if "timeattn" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    video = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64)
+    rows = None if rows is None else torch.tensor(rows)
+    weight = torch.randn_like(encoder(video, rows_BM=rows))
+    found = []
+    for parted in (False, True):
+        monkeypatch.setattr(video_encoder, "takes_bias", lambda *_, parted=parted: parted)
+        monkeypatch.setattr(video_encoder, "takes_biases", lambda *_, parted=parted: parted and summed_behind)
+        loss = (encoder(video, rows_BM=rows) * weight).sum()
+        names, parameters = zip(*encoder.named_parameters(), strict=True)
+        found.append(dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)))
+    whole, parts = found
+    for name, gradient in whole.items():
+        message = partial("{}: {}".format, name)
+        torch.testing.assert_close(parts[name], gradient, atol=1e-11, rtol=1e-9, msg=message)
+    for attention in ("attn", "timeattn"):
+        queries, keys, values = parts[f"blocks.0.{attention}.qkv.bias"].chunk(3)
+        assert queries.abs().max() > 1e-4 and values.abs().max() > 1e-4 and not keys.any()
 
 
 def test_image_weights_that_do_not_fit_are_named():

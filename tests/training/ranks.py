@@ -23,7 +23,7 @@ from miles_fast.config import ContrastConfig  # noqa: E402
 from miles_fast.data.batches import Quarantine  # noqa: E402
 from miles_fast.data.loader import Loader  # noqa: E402
 from miles_fast.data.order import Share  # noqa: E402
-from miles_fast.distributed import barrier, rank, sum_over_ranks, world_size  # noqa: E402
+from miles_fast.distributed import barrier, rank, start_gather, sum_over_ranks, world_size  # noqa: E402
 from miles_fast.models.dual_encoder import build_dual_encoder  # noqa: E402
 from miles_fast.models.text_encoder import load_tokenizer  # noqa: E402
 from miles_fast.training import engine as engine_module  # noqa: E402
@@ -55,6 +55,24 @@ def contrastive_gradient(batch: int, device: torch.device) -> list:
     own = joined[:, rank() * batch : (rank() + 1) * batch].to(device) @ projections
     contrastive_loss(own[0], own[1], ContrastConfig()).backward()
     return (sum_over_ranks(projections.grad) / world_size()).tolist()
+
+
+def milliseconds_beside_gather() -> list[float]:
+    """From the start of a gather of 64 MiB a rank to the end of another operator, and to its own."""
+    rows, other = torch.zeros(2**24, device="cuda"), torch.zeros(2**10, device="cuda")
+    start_gather(rows)()  # NCCL sets itself up
+    torch.cuda.synchronize()
+    barrier()
+    begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    torch.cuda._sleep(10**8)  # so that the host has called all of it before the GPU begins
+    begin.record()
+    finish = start_gather(rows)
+    other.add_(1)
+    middle.record()
+    finish()
+    end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(middle), begin.elapsed_time(end)]
 
 
 def bf16_run(root: Path, device: torch.device, *, flat: bool) -> dict:
@@ -144,6 +162,8 @@ def main() -> None:
     for run in runs:
         stage, _, accumulation = run.partition("x")
         results[run] = run_stage(root, int(stage), int(accumulation or 1), batch, device)
+    if device.type == "cuda":
+        results["beside gather"] = milliseconds_beside_gather()
     (output / f"rank{rank()}.json").write_text(json.dumps(results))
     barrier()
     torch.distributed.destroy_process_group()

@@ -55,7 +55,8 @@ def test_a_rank_scores_its_own_rows_against_all_and_the_mean_is_the_joined_loss(
     draw = torch.Generator().manual_seed(3)
     text, video = torch.randn(2, 12, 6, generator=draw, dtype=torch.float64)
     joined, scored, found = contrastive_loss(text, video, ContrastConfig()), [], []
-    monkeypatch.setattr(losses, "gather_rows", lambda _: torch.stack([unit(text), unit(video)], dim=1))
+    gathered = torch.stack([unit(text), unit(video)], dim=1)
+    monkeypatch.setattr(losses, "start_gather", lambda _: lambda: gathered)
     monkeypatch.setattr(losses, "unit", lambda rows: scored.append(rows.shape) or unit(rows))
     cross_entropy = F.cross_entropy
     monkeypatch.setattr(
@@ -172,6 +173,23 @@ def test_contrast_and_regression_get_their_rows_of_their_pass(view):
     torch.testing.assert_close(cls_BD, contrasted[:, 0])
     expected = torch.stack([clip[1 + rows] for clip, rows in zip(masked, masked_BM, strict=True)])
     torch.testing.assert_close(features_BMD, expected)
+
+
+@pytest.mark.parametrize("view", ["A", "none"])
+def test_the_statistics_are_called_while_rows_of_other_ranks_travel(monkeypatch, view):
+    from miles_fast.training import losses
+
+    objective, called = Objective(student(), MethodConfig(view=view), 2).eval(), []
+    monkeypatch.setattr(
+        losses, "start_gather", lambda rows: called.append("start") or (lambda: called.append("end") or rows)
+    )
+    compute = objective.statistics
+    monkeypatch.setattr(objective, "statistics", lambda *rows: called.append("statistics") or compute(*rows))
+    video, tokens = torch.randn(3, 2, 3, 16, 16), torch.ones(3, 4, dtype=torch.long)
+    masks = (torch.tensor([[0, 5]] * 3), torch.randn(3, 2, 8)) if view == "A" else ()
+    found = objective(video, tokens, tokens, *masks)
+    assert called == ["start", *(["statistics"] if view == "A" else []), "end"]
+    assert (found.regression > 0) == (found.target_cosine != 0) == (found.target_std > 0) == (view == "A")
 
 
 def test_flops_are_the_specs():

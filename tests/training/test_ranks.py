@@ -53,6 +53,15 @@ def test_the_contrast_of_two_ranks_has_the_gradient_of_one_on_the_joined_batch(r
         np.testing.assert_allclose(found, one, rtol=1e-9)
 
 
+@pytest.mark.gpu
+@pytest.mark.multigpu
+@pytest.mark.parametrize("results", ["cuda"], indirect=True)
+def test_the_gpu_computes_while_rows_of_other_ranks_travel(results):
+    for found in results[2]:
+        other, gathered = found["beside gather"]
+        assert 0 < 3 * other < gathered
+
+
 @pytest.mark.parametrize("run,same", [("1", "1"), ("3x2", "1x2")])
 def test_two_ranks_equal_one_on_the_joined_batch(results, run, same):
     one, two = results[1][0][same], [r[run] for r in results[2]]

@@ -1,0 +1,102 @@
+"""mlp: two linear layers around an exact GELU.
+
+    hidden = x first^T + first_bias,   active = gelu(hidden),   out = active second^T + second_bias
+    d_hidden = (d_out second) gelu'(hidden),   d_first_bias[d] = sum_m d_hidden[m, d]
+
+GELU is computed where the first product still lies in registers (kernels/linear_gelu.py), and where quack is
+installed its gradient and the first bias' where the product of the output's gradient lies
+(kernels/quack_products.py): hidden is read once, and nothing else of (M, D) beside what the products take.
+
+Saved for backward: x, the weights, hidden and active. Letters: M rows, K numbers in and out, D hidden ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from miles_fast.kernels.biased_gelu import biased_gelu, gelu_backward
+from miles_fast.kernels.dispatch import quack_for, runs_triton
+from miles_fast.kernels.linear import product
+from miles_fast.kernels.linear_gelu import for_bulk_copies, linear_gelu, takes
+
+
+def mlp_reference(
+    x: torch.Tensor,
+    first_DK: torch.Tensor,
+    first_bias_D: torch.Tensor,
+    second_KD: torch.Tensor,
+    second_bias_K: torch.Tensor,
+) -> torch.Tensor:
+    """The layers' output (..., K): the definition, in any dtype."""
+    return F.linear(F.gelu(F.linear(x, first_DK, first_bias_D)), second_KD, second_bias_K)
+
+
+@torch.library.custom_op(
+    "miles_fast::product_gelu_backward",
+    mutates_args=(),
+    schema="(Tensor d_out_MK, Tensor second_KD, Tensor hidden_MD) -> (Tensor, Tensor)",
+)
+def _product_gelu_backward(d_out_MK, second_KD, hidden_MD):
+    """Gradients of hidden (M, D) and of the first bias (D), float32."""
+    if products := quack_for(hidden_MD):
+        return products.gelu_gradient(*map(for_bulk_copies, (d_out_MK, second_KD, hidden_MD)))
+    d_hidden_MD, d_bias_D, _ = gelu_backward(d_out_MK @ second_KD, hidden_MD)
+    return d_hidden_MD, d_bias_D
+
+
+@_product_gelu_backward.register_fake
+def _(d_out_MK, second_KD, hidden_MD):
+    return torch.empty_like(hidden_MD), hidden_MD.new_empty(hidden_MD.shape[1:], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.miles_fast.product_gelu_backward)
+def _(d_out_shape, second_shape, *_, **__):
+    return 2 * d_out_shape[0] * second_shape[0] * second_shape[1]
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, first_DK, first_bias_D, second_KD, second_bias_K, keep):
+        x_MK = x.flatten(0, -2)
+        active_MD, hidden_MD = linear_gelu(x_MK, first_DK, first_bias_D, keep)
+        ctx.save_for_backward(x_MK, first_DK, second_KD, hidden_MD, active_MD)
+        ctx.bias_dtypes = first_bias_D.dtype, second_bias_K.dtype
+        return product(active_MD, second_KD, second_bias_K, True).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x_MK, first_DK, second_KD, hidden_MD, active_MD = ctx.saved_tensors
+        d_out_MK = d_out.flatten(0, -2)
+        d_hidden_MD, d_first_bias_D = _product_gelu_backward(d_out_MK, second_KD, hidden_MD)
+        of_first, of_second = ctx.bias_dtypes
+        return (
+            product(d_hidden_MD, first_DK, None, False).view(d_out.shape),
+            d_hidden_MD.t() @ x_MK,
+            d_first_bias_D.to(of_first),
+            d_out_MK.t() @ active_MD,
+            d_out_MK.sum(0).to(of_second) if ctx.needs_input_grad[4] else None,
+            None,
+        )
+
+
+def mlp(
+    x: torch.Tensor,
+    first_DK: torch.Tensor,
+    first_bias_D: torch.Tensor,
+    second_KD: torch.Tensor,
+    second_bias_K: torch.Tensor,
+) -> torch.Tensor:
+    """second gelu(first x + first_bias) + second_bias, (..., K) to (..., K).
+
+    One kernel a product and its GELU for bfloat16 and float16 on Hopper GPUs and later (or under
+    TRITON_INTERPRET=1) from 256 hidden numbers, 64 in and 128 rows on: by quack where it is installed, else
+    by Triton. On other GPUs, and in float32, the products and `biased_gelu`; else the reference.
+    """
+    if runs_triton(x) and takes(x, first_DK):
+        return _Mlp.apply(x, first_DK, first_bias_D, second_KD, second_bias_K, torch.is_grad_enabled())
+    if x.is_cuda and runs_triton(x):
+        active = biased_gelu(F.linear(x, first_DK, first_bias_D.detach()), first_bias_D)
+        return F.linear(active, second_KD, second_bias_K)
+    return mlp_reference(x, first_DK, first_bias_D, second_KD, second_bias_K)
