@@ -26,7 +26,7 @@ _LEAST_ROWS = 8192  # of fewer, such tiles leave multiprocessors without work
 def _takes_quack(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether quack is for products of x (..., K)."""
     halves = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return halves and math.prod(x.shape[:-1]) >= _LEAST_ROWS and has_quack(x)
+    return halves and has_quack(x) and math.prod(x.shape[:-1]) >= _LEAST_ROWS  # rows last: an export's vary
 
 
 @torch.library.custom_op(
