@@ -67,7 +67,7 @@ def roofline(micro: dict[str, Any], levels: Sequence[tuple[str, float]] = ()) ->
     for name, point in points.items():
         x, y = place(*point)
         op, kind = name.split()[0], "dot"
-        if name.endswith(" triton"):
+        if name.endswith(" miles_fast"):
             kind = "dot first"
             if op in unnamed:
                 unnamed.remove(op)
