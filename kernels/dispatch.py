@@ -1,9 +1,9 @@
-"""Where an op runs (Triton or its plain-PyTorch reference) and with which launch parameters.
+"""Where an op runs (Triton, its plain-PyTorch reference, or quack) and with which launch parameters.
 
 Triton runs on CUDA tensors, and on CPU tensors when TRITON_INTERPRET=1 was set before this module was
 imported (Triton reads the variable when a kernel is decorated). Everything else, float64 included, is
 answered by the reference. Platforms without Triton (macOS, Windows) import the ops all the same and always
-get the reference.
+get the reference. Matrix products of halves are quack's on Hopper GPUs, where it is installed.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from miles_fast.kernels.dispatch import (
 )
 
 # D rounded up to a power of two -> (rows, columns and depth of a tile, slices that its end is done in, warps,
-# stages). The fastest of those that `python benchmarks/micro.py --op linear_gelu --sweep` tries, on an H100
+# stages). The fastest of those that `python benchmarks/micro.py --op mlp --sweep` tries, on an H100
 # at 128 clips of 785 tokens, 768 to 3072, bf16. Widths that are not named get the same.
 LAUNCH_FORWARD = {4096: (128, 256, 64, 2, 8, 4)}
 LAUNCH_SCALED = (128, 256, 128, 2, 8, 3)  # of four tried at the same shape
