@@ -8,7 +8,7 @@ DALI = ["nvidia-dali-cuda130>=2.4,<2.5"]
 REMOTE = ["s3fs>=2025.3"]  # for s3: only; https: needs nothing
 ONNX = ["onnx>=1.20", "onnxscript>=0.7", "onnxruntime>=1.23"]
 SEARCH = ["faiss-cpu>=1.11", "pyarrow>=18"]  # faster search; parquet
-QUACK = ["quack-kernels[cu13]>=0.6.5,<0.7"]  # flash-attn-4 takes any
+QUACK = ['quack-kernels[cu13]>=0.6.5,<0.7; platform_system=="Linux"']  # flash-attn-4 takes any
 setup(
     name="miles-fast",
     version="0.1.0",

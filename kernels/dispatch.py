@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from types import ModuleType
 
 import torch
@@ -26,7 +27,11 @@ except ImportError as missing:
         )
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-_QUACK = importlib.util.find_spec("quack") is not None and not INTERPRETED
+_QUACK = (
+    importlib.util.find_spec("quack") is not None
+    and not INTERPRETED
+    and os.environ.get("MILES_FAST_QUACK") != "0"
+)
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,7 +8,7 @@ and for every row, so that an outlier coarsens its own token only. The gradients
 F.linear(x, w, bias) (straight through): products in fp8 would need casts of the incoming gradient and
 transposed ones of x, which cost about what they save.
 
-No Triton: torch has the product (and `linear` the input's gradient), and plain casts are what torch.compile
+No Triton: torch has the product (and `product` the input's gradient), and plain casts are what torch.compile
 joins with whatever wrote x. The caller keeps K and N multiples of 16, which the product's hardware asks for.
 Saved for backward: x and w.
 """

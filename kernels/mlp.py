@@ -68,17 +68,17 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         x_MK, first_DK, second_KD, hidden_MD, active_MD = ctx.saved_tensors
-        d_out_MK = d_out.flatten(0, -2)
-        d_hidden_MD, d_first_bias_D = _product_gelu_backward(d_out_MK, second_KD, hidden_MD)
+        d_out_MK, needed = d_out.flatten(0, -2), ctx.needs_input_grad
         of_first, of_second = ctx.bias_dtypes
-        return (
-            product(d_hidden_MD, first_DK, None, False).view(d_out.shape),
-            d_hidden_MD.t() @ x_MK,
-            d_first_bias_D.to(of_first),
-            d_out_MK.t() @ active_MD,
-            d_out_MK.sum(0).to(of_second) if ctx.needs_input_grad[4] else None,
-            None,
-        )
+        d_x = d_first_DK = d_first_bias_D = None
+        if any(needed[:3]):
+            d_hidden_MD, d_first_bias_D = _product_gelu_backward(d_out_MK, second_KD, hidden_MD)
+            d_first_bias_D = d_first_bias_D.to(of_first)
+            d_x = product(d_hidden_MD, first_DK, None, False).view(d_out.shape) if needed[0] else None
+            d_first_DK = d_hidden_MD.t() @ x_MK if needed[1] else None
+        d_second_KD = d_out_MK.t() @ active_MD if needed[3] else None
+        d_second_bias_K = d_out_MK.sum(0).to(of_second) if needed[4] else None
+        return d_x, d_first_DK, d_first_bias_D, d_second_KD, d_second_bias_K, None
 
 
 def mlp(

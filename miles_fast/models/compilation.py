@@ -27,8 +27,14 @@ def inductor_within(memory_budget: float) -> str | Callable:
     return backend
 
 
+# A layer has a graph for each of: first or not, last or not, student or snapshot, frozen or behind what is,
+# and the predictor's. Beyond this many torch would run it uncompiled.
+_GRAPHS = 32
+
+
 def compile_each(layers: Iterable[nn.Module], memory_budget: float = 1.0) -> None:
     """Have layers compiled when they first run, anew for each shape; those alike share one compilation."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     backend = inductor_within(memory_budget)
     for layer in layers:
         layer.compile(dynamic=False, backend=backend)

@@ -88,6 +88,16 @@ def test_the_second_bias_needs_no_gradient(backend):
     assert all(torch.equal(*pair) for pair in zip(alone, beside, strict=True))
 
 
+def test_frozen_layers_cost_nothing_and_change_no_other_gradient(backend):
+    x, first, first_bias, second, second_bias = leaves()
+    x.requires_grad_()
+    alone = torch.autograd.grad(mlp(x, first, first_bias, second, second_bias).sum(), x)
+    trained = [leaf.requires_grad_() for leaf in (first, first_bias, second, second_bias)]
+    assert torch.equal(alone[0], torch.autograd.grad(mlp(x, *trained).sum(), x)[0])
+    second_alone = torch.autograd.grad(mlp(x.detach(), *leaves()[1:3], second, second_bias).sum(), second)
+    assert second_alone[0].shape == second.shape
+
+
 def test_takes_clips_of_tokens_by_stride():
     x, *others = leaves()
     by_stride = x.view(2, 65, 72).transpose(0, 1)

@@ -114,21 +114,27 @@ def test_zero_3_evaluates_the_whole_student(root, tmp_path):
     assert seen.keys() <= end.keys() and all(torch.equal(seen[name], end[name]) for name in seen)
 
 
-def test_zero_3_gathers_what_compiled_layers_read(root, tmp_path, monkeypatch):
+FROZEN = ("patch_embed.", "cls_", "pos_", "temporal_", "blocks.0.", "blocks.1.")
+
+
+@pytest.mark.parametrize(("stage", "freeze"), [(3, ()), (1, FROZEN)], ids=["zero 3", "frozen"])
+def test_compiled_layers_compute_what_uncompiled_ones_do(root, tmp_path, monkeypatch, stage, freeze):
     """Without the code's generation, which takes minutes on a CPU; of more layers than are compiled anew."""
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager_decomp_partition)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     video = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 10, "heads": 2, "num_frames": 2}
 
     def losses(stage, compiled):
         torch._dynamo.reset()
-        run = {"folder": str(tmp_path / f"{stage}"), "steps": 2, "compile": compiled}
+        folder = tmp_path / f"{stage} {compiled}"
+        run = {"folder": str(folder), "steps": 2, "compile": compiled}
+        run["freeze"] = [f"video_model.{name}" for name in freeze]
         config = tiny_config(root, run=run, method={"view": "D"}, model={"video": video})
         config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
-        pretrain(config, check_ds_config(ds_tree(stage=stage), "ds", config, cuda=False, ranks=1))
-        return [record["loss"] for record in read_log(tmp_path / f"{stage}")]
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            pretrain(config, check_ds_config(ds_tree(stage=stage), "ds", config, cuda=False, ranks=1))
+        return [record["loss"] for record in read_log(folder)]
 
-    assert losses(3, True) == pytest.approx(losses(1, False), rel=1e-4)
+    assert losses(stage, True) == pytest.approx(losses(1, False), rel=1e-4)
 
 
 def test_a_scale_that_would_do_nothing_is_refused(root, tmp_path):
