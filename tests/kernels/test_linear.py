@@ -13,6 +13,7 @@ needs_quack = pytest.mark.skipif(not QUACK, reason="needs a Hopper GPU and quack
 
 
 def leaves(M=8200, K=192, D=384, dtype=torch.bfloat16):
+    torch.manual_seed(0)
     return [torch.randn(*shape, device=DEVICE, dtype=dtype) / 4 for shape in ((M, K), (D, K), (D,))]
 
 
