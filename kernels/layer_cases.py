@@ -49,6 +49,19 @@ class BiasedGeluCase:
         return op(other, inputs.leaf) if self.of_bias else op(inputs.leaf, other)
 
 
+def _drawn(
+    scales: dict[str, tuple], leaf: str, output: tuple[int, int], device: str, dtype: torch.dtype
+) -> Inputs:
+    """Normal numbers of {name: (standard deviation, *shape)}; the others are constants, in their order."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        name: (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
+        for name, (scale, *shape) in scales.items()
+    }
+    d_output = torch.randn(*output, generator=generator).to(device, dtype)
+    return Inputs(leaf=drawn.pop(leaf).requires_grad_(), constants=tuple(drawn.values()), d_output=d_output)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearCase:
     """M rows of K numbers to D; the leaf is one of `x`, `weight` and `bias`. The bytes are a bound that no
@@ -73,15 +86,8 @@ class LinearCase:
         return 2 * (self.M * (self.K + self.D) + self.K * self.D) * self.dtype.itemsize
 
     def inputs(self, device: str) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
         scales = {"x": (1.0, self.M, self.K), "weight": (self.K**-0.5, self.D, self.K), "bias": (1.0, self.D)}
-        drawn = {
-            name: (scale * torch.randn(*shape, generator=generator)).to(device, self.dtype)
-            for name, (scale, *shape) in scales.items()
-        }
-        d_output = torch.randn(self.M, self.D, generator=generator).to(device, self.dtype)
-        leaf = drawn.pop(self.leaf).requires_grad_()
-        return Inputs(leaf=leaf, constants=tuple(drawn.values()), d_output=d_output)
+        return _drawn(scales, self.leaf, (self.M, self.D), device, self.dtype)
 
     def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
         place = ("x", "weight", "bias").index(self.leaf)
@@ -112,7 +118,6 @@ class MlpCase:
         return (self.M * (5 * self.D + 4 * self.K) + 4 * self.K * self.D) * self.dtype.itemsize
 
     def inputs(self, device: str) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
         scales = {
             "x": (1.0, self.M, self.K),
             "first": (2 * self.K**-0.5, self.D, self.K),
@@ -120,13 +125,7 @@ class MlpCase:
             "second": (self.D**-0.5, self.K, self.D),
             "second_bias": (1.0, self.K),
         }
-        drawn = {
-            name: (scale * torch.randn(*shape, generator=generator)).to(device, self.dtype)
-            for name, (scale, *shape) in scales.items()
-        }
-        d_output = torch.randn(self.M, self.K, generator=generator).to(device, self.dtype)
-        leaf = drawn.pop(self.leaf).requires_grad_()
-        return Inputs(leaf=leaf, constants=tuple(drawn.values()), d_output=d_output)
+        return _drawn(scales, self.leaf, (self.M, self.K), device, self.dtype)
 
     def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
         place = _MLP_LEAVES.index(self.leaf)
