@@ -101,3 +101,10 @@ def launch_parameters(table: dict[int, tuple[int, int]], width: int) -> tuple[in
 def with_unit_stride(rows: torch.Tensor) -> torch.Tensor:
     """The tensor itself when its rows are contiguous (kernels read the others by stride), or a copy."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def for_bulk_copies(rows: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where it is not contiguous or does not begin at a multiple of 16 bytes."""
+    rows = rows.contiguous()
+    # DeepSpeed's flat buffers hold weights behind others of any size.
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()

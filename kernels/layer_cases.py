@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from miles_fast.kernels.cases import Inputs, short
 
 _HALF, _FULL = torch.bfloat16, torch.float32
-_MLP_LEAVES = ("x", "first", "first_bias", "second", "second_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +63,13 @@ def _drawn(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearCase:
-    """M rows of K numbers to D; the leaf is one of `x`, `weight` and `bias`. The bytes are a bound that no
-    product of this size comes near."""
+class _ProductsCase:
+    """M rows of K numbers and weights of K x D; the leaf is one of the op's tensors, which `_LEAVES` names.
 
+    The bytes are a bound that no product of this size comes near.
+    """
+
+    _LEAVES: ClassVar[tuple[str, ...]]
     M: int
     K: int
     D: int
@@ -76,6 +79,17 @@ class LinearCase:
     @property
     def name(self) -> str:
         return f"{self.M}x{self.K}x{self.D}-{short(self.dtype)}-{self.leaf}"
+
+    def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
+        place = self._LEAVES.index(self.leaf)
+        return op(*inputs.constants[:place], inputs.leaf, *inputs.constants[place:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCase(_ProductsCase):
+    """K numbers to D."""
+
+    _LEAVES = ("x", "weight", "bias")
 
     @property
     def forward_bytes(self) -> int:
@@ -83,31 +97,18 @@ class LinearCase:
 
     @property
     def backward_bytes(self) -> int:
-        return 2 * (self.M * (self.K + self.D) + self.K * self.D) * self.dtype.itemsize
+        return 2 * self.forward_bytes
 
     def inputs(self, device: str) -> Inputs:
         scales = {"x": (1.0, self.M, self.K), "weight": (self.K**-0.5, self.D, self.K), "bias": (1.0, self.D)}
         return _drawn(scales, self.leaf, (self.M, self.D), device, self.dtype)
 
-    def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
-        place = ("x", "weight", "bias").index(self.leaf)
-        return op(*inputs.constants[:place], inputs.leaf, *inputs.constants[place:])
-
 
 @dataclass(frozen=True, kw_only=True)
-class MlpCase:
-    """M rows of K numbers, D hidden ones; the leaf is one of the op's tensors. The bytes are a bound that no
-    product of this size comes near."""
+class MlpCase(_ProductsCase):
+    """K numbers to K, D hidden ones between."""
 
-    M: int
-    K: int
-    D: int
-    dtype: torch.dtype
-    leaf: str = "x"
-
-    @property
-    def name(self) -> str:
-        return f"{self.M}x{self.K}x{self.D}-{short(self.dtype)}-{self.leaf}"
+    _LEAVES = ("x", "first", "first_bias", "second", "second_bias")
 
     @property
     def forward_bytes(self) -> int:
@@ -126,10 +127,6 @@ class MlpCase:
             "second_bias": (1.0, self.K),
         }
         return _drawn(scales, self.leaf, (self.M, self.K), device, self.dtype)
-
-    def call(self, op: Callable, inputs: Inputs) -> torch.Tensor:
-        place = _MLP_LEAVES.index(self.leaf)
-        return op(*inputs.constants[:place], inputs.leaf, *inputs.constants[place:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,15 +190,15 @@ LINEAR_TRAINER = tuple(
 )
 LINEAR_SMALL = tuple(
     LinearCase(M=M, K=K, D=D, dtype=dtype, leaf=leaf)
-    for leaf in ("x", "weight", "bias")
+    for leaf in LinearCase._LEAVES
     for M, K, D, dtype in ((8200, 192, 384, _HALF), (8193, 40, 192, torch.float16), (9, 7, 5, _FULL))
 )
 
 
-MLP_TRAINER = tuple(MlpCase(M=128 * 785, K=768, D=3072, dtype=_HALF, leaf=leaf) for leaf in _MLP_LEAVES)
+MLP_TRAINER = tuple(MlpCase(M=128 * 785, K=768, D=3072, dtype=_HALF, leaf=leaf) for leaf in MlpCase._LEAVES)
 MLP_SMALL = tuple(
     MlpCase(M=M, K=K, D=D, dtype=dtype, leaf=leaf)
-    for leaf in _MLP_LEAVES
+    for leaf in MlpCase._LEAVES
     for M, K, D, dtype in (
         (128, 64, 256, torch.float16),
         (300, 72, 264, _HALF),

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from miles_fast.kernels.dispatch import has_quack, quack_for
-from miles_fast.kernels.linear_gelu import for_bulk_copies
+from miles_fast.kernels.dispatch import for_bulk_copies, has_quack, quack_for
 
 _LEAST_ROWS = 8192  # of fewer, such tiles leave multiprocessors without work
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from miles_fast.kernels.biased_gelu import gelu_of
 from miles_fast.kernels.dispatch import (
     INTERPRETED,
+    for_bulk_copies,
     jit,
     multiprocessors,
     product,
@@ -108,13 +109,6 @@ def _fits(x: torch.Tensor, weight_DK: torch.Tensor, launch: tuple[int, ...], mul
     large = D >= block_d and K >= block_k and math.prod(x.shape[:-1]) >= block_m
     hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return halves and large and D % multiple == 0 and K % multiple == 0 and (hopper or INTERPRETED)
-
-
-def for_bulk_copies(rows: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where it is not contiguous or does not begin at a multiple of 16 bytes."""
-    rows = rows.contiguous()
-    # DeepSpeed's flat buffers hold weights behind others of any size.
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def _run(x_MK, weight_DK, bias_D, scales, keep, launch):

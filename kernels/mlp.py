@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from miles_fast.kernels.biased_gelu import biased_gelu, gelu_backward
-from miles_fast.kernels.dispatch import quack_for, runs_triton
+from miles_fast.kernels.dispatch import for_bulk_copies, quack_for, runs_triton
 from miles_fast.kernels.linear import product
-from miles_fast.kernels.linear_gelu import for_bulk_copies, linear_gelu, takes
+from miles_fast.kernels.linear_gelu import linear_gelu, takes
 
 
 def mlp_reference(

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from miles_fast.kernels import cases, layer_cases
 from miles_fast.kernels import mlp as module
-from miles_fast.kernels.dispatch import INTERPRETED, quack_for
+from miles_fast.kernels.dispatch import INTERPRETED, has_quack
 from miles_fast.kernels.mlp import mlp, mlp_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,11 +21,10 @@ def leaves(M=130, K=72, D=264, dtype=torch.float16, device=DEVICE):
 @pytest.fixture(params=["quack", "triton"])
 def backend(request, monkeypatch):
     """Each of the two that a Hopper GPU has."""
-    if request.param == "quack" and not (DEVICE == "cuda" and quack_for(torch.empty(0, device="cuda"))):
-        pytest.skip("needs a Hopper GPU and quack-kernels")
     if request.param == "triton":
-        for where in ("mlp", "linear_gelu"):
-            monkeypatch.setattr(f"miles_fast.kernels.{where}.quack_for", lambda _: None)
+        monkeypatch.setattr("miles_fast.kernels.dispatch._QUACK", False)
+    elif not has_quack(torch.empty(0, device=DEVICE)):
+        pytest.skip("needs a Hopper GPU and quack-kernels")
     return request.param
 
 
@@ -50,7 +49,8 @@ def test_hidden_is_stored_for_backward_alone(monkeypatch, backend):
         lean = mlp(x, *others)
     out = mlp(x.requires_grad_(), *others)
     assert kept == [False, True]
-    torch.testing.assert_close(out, lean, rtol=1e-3, atol=1e-3)  # quack: of other tiles
+    tolerance = 1e-3 if backend == "quack" else 0  # whose tiles are others
+    torch.testing.assert_close(out, lean, rtol=tolerance, atol=tolerance)
     assert not launch(x, *others[:2], False)[1].numel()
 
 
@@ -103,7 +103,7 @@ def test_takes_clips_of_tokens_by_stride():
     x, *others = leaves()
     by_stride = x.view(2, 65, 72).transpose(0, 1)
     expected = mlp_reference(by_stride, *others)
-    torch.testing.assert_close(mlp(by_stride, *others), expected, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(mlp(by_stride, *others), expected, rtol=2e-2, atol=2e-3)
 
 
 def test_takes_weights_that_lie_anywhere(backend):
@@ -111,6 +111,8 @@ def test_takes_weights_that_lie_anywhere(backend):
     x, *others = leaves()
     flat = [torch.cat([leaf.new_zeros(1), leaf.flatten()])[1:].view_as(leaf) for leaf in others]
     assert all(leaf.data_ptr() % 16 for leaf in flat)
+    if FUSED:
+        assert torch.equal(*(module.linear_gelu(x, *weights[:2], True)[0] for weights in (others, flat)))
     results = []
     for weights in (others, flat):
         inputs = [leaf.detach().requires_grad_() for leaf in (x, *weights)]
