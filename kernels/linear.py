@@ -1,10 +1,12 @@
-"""linear: a linear layer whose product and input's gradient are quack's on Hopper, where it is installed.
+"""linear: a linear layer, or a residual and one, whose product and input's gradient quack computes on Hopper.
 
-    out[m, d] = sum_k x[m, k] weight[d, k] + bias[d],   d_x[m, k] = sum_d d_out[m, d] weight[d, k]
+    out[m, d] = sum_k x[m, k] weight[d, k] + bias[d] (+ residual[m, d])
+    d_x[m, k] = sum_d d_out[m, d] weight[d, k],   d_residual = d_out
 
-There a tile's end runs beside the next tile's product. cuBLAS takes 3 to 12 % longer at the shapes of ViT-B
-(an H100, 128 clips of 785 tokens: 0.51 to 0.54 for 0.46 ms of qkv, 0.20 for 0.18 of proj, 0.71 to 0.73 for
-0.70 of the MLP's second), but less for the gradients of the weights, which stay.
+There a tile's end, residual included, runs beside the next tile's product. cuBLAS takes 3 to 12 % longer at
+the shapes of ViT-B (an H100, 128 clips of 785 tokens, no residuals: 0.51 to 0.54 for 0.46 ms of qkv, 0.20 for
+0.18 of proj, 0.71 to 0.73 for 0.70 of the MLP's second), but less for the gradients of the weights, which
+stay.
 
 Letters: M rows, K numbers in, D numbers out; in `product`, K are summed over and N come out.
 """
@@ -31,21 +33,27 @@ def _takes_quack(x: torch.Tensor, weight: torch.Tensor) -> bool:
 @torch.library.custom_op(
     "miles_fast::product",
     mutates_args=(),
-    schema="(Tensor x_MK, Tensor weight, Tensor? bias_N, bool transposed) -> Tensor",
+    schema="(Tensor x_MK, Tensor weight, Tensor? bias_N, bool transposed, Tensor? residual_MN=None) "
+    "-> Tensor",
 )
-def product(x_MK, weight, bias_N, transposed):
-    """x weight^T + bias (M, N) of `transposed` weight (N, K), or x weight + bias of (K, N): no history."""
+def product(x_MK, weight, bias_N, transposed, residual_MN=None):
+    """x weight^T + bias (M, N) of `transposed` weight (N, K), or x weight + bias of (K, N): no history.
+
+    Added to a residual of the same dtype, if there is one; with a bias.
+    """
     N, K = weight.shape if transposed else weight.shape[::-1]
     products = quack_for(x_MK) if _takes_quack(x_MK, weight) else None
     if products and K % 8 == 0 and N % products.PRODUCT_COLUMNS == 0:
         x_MK, weight = for_bulk_copies(x_MK), for_bulk_copies(weight)
         bias_N = None if bias_N is None else for_bulk_copies(bias_N.to(x_MK.dtype))
-        return products.product(x_MK, weight.T if transposed else weight, bias_N)
-    return F.linear(x_MK, weight if transposed else weight.T, bias_N)
+        residual_MN = None if residual_MN is None else for_bulk_copies(residual_MN)
+        return products.product(x_MK, weight.T if transposed else weight, bias_N, residual_MN)
+    out = F.linear(x_MK, weight if transposed else weight.T, bias_N)
+    return out if residual_MN is None else out + residual_MN
 
 
 @product.register_fake
-def _(x_MK, weight, bias_N, transposed):
+def _(x_MK, weight, bias_N, transposed, residual_MN=None):
     return x_MK.new_empty(len(x_MK), weight.shape[0 if transposed else 1])
 
 
@@ -56,10 +64,11 @@ def _(x_shape, weight_shape, *_, **__):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_DK, bias_D):
+    def forward(ctx, x, weight_DK, bias_D, residual):
         ctx.save_for_backward(x, weight_DK)
         ctx.bias_dtype = None if bias_D is None else bias_D.dtype
-        return product(x.flatten(0, -2), weight_DK, bias_D, True).unflatten(0, x.shape[:-1])
+        residual_MD = None if residual is None else residual.flatten(0, -2)
+        return product(x.flatten(0, -2), weight_DK, bias_D, True, residual_MD).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, d_out):
@@ -72,15 +81,23 @@ class _Linear(torch.autograd.Function):
             d_weight = d_out_MD.t() @ x.flatten(0, -2)
         if ctx.needs_input_grad[2]:
             d_bias = d_out_MD.sum(0).to(ctx.bias_dtype)
-        return d_x, d_weight, d_bias
+        return d_x, d_weight, d_bias, d_out if ctx.needs_input_grad[3] else None
 
 
-def linear(x: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor | None = None) -> torch.Tensor:
-    """x weight^T + bias, (..., K) to (..., D), as torch.nn.functional.linear.
+def linear(
+    x: torch.Tensor,
+    weight_DK: torch.Tensor,
+    bias_D: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x weight^T + bias, (..., K) to (..., D), as torch.nn.functional.linear; residual + that, if given.
 
     By quack for bfloat16 and float16 on a Hopper GPU from 8,192 rows on, if a multiple of 192 numbers comes
     out of the product; else by cuBLAS.
     """
+    if residual is not None and (bias_D is None or residual.dtype != x.dtype):
+        raise ValueError(f"a residual needs a bias and the dtype of x, {x.dtype}, got {residual.dtype}")
     if _takes_quack(x, weight_DK):
-        return _Linear.apply(x, weight_DK, bias_D)
-    return F.linear(x, weight_DK, bias_D)
+        return _Linear.apply(x, weight_DK, bias_D, residual)
+    out = F.linear(x, weight_DK, bias_D)
+    return out if residual is None else residual + out

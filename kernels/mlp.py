@@ -1,6 +1,7 @@
 """mlp: two linear layers around an exact GELU.
 
-    hidden = x first^T + first_bias,   active = gelu(hidden),   out = active second^T + second_bias
+    hidden = x first^T + first_bias,   active = gelu(hidden)
+    out = active second^T + second_bias (+ residual)
     d_hidden = (d_out second) gelu'(hidden),   d_first_bias[d] = sum_m d_hidden[m, d]
 
 GELU is computed where the first product still lies in registers (kernels/linear_gelu.py), and where quack is
@@ -28,9 +29,11 @@ def mlp_reference(
     first_bias_D: torch.Tensor,
     second_KD: torch.Tensor,
     second_bias_K: torch.Tensor,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The layers' output (..., K): the definition, in any dtype."""
-    return F.linear(F.gelu(F.linear(x, first_DK, first_bias_D)), second_KD, second_bias_K)
+    out = F.linear(F.gelu(F.linear(x, first_DK, first_bias_D)), second_KD, second_bias_K)
+    return out if residual is None else residual + out
 
 
 @torch.library.custom_op(
@@ -58,12 +61,13 @@ def _(d_out_shape, second_shape, *_, **__):
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, first_DK, first_bias_D, second_KD, second_bias_K, keep):
+    def forward(ctx, x, first_DK, first_bias_D, second_KD, second_bias_K, residual, keep):
         x_MK = x.flatten(0, -2)
         active_MD, hidden_MD = linear_gelu(x_MK, first_DK, first_bias_D, keep)
         ctx.save_for_backward(x_MK, first_DK, second_KD, hidden_MD, active_MD)
         ctx.bias_dtypes = first_bias_D.dtype, second_bias_K.dtype
-        return product(active_MD, second_KD, second_bias_K, True).view(x.shape)
+        residual_MK = None if residual is None else residual.flatten(0, -2)
+        return product(active_MD, second_KD, second_bias_K, True, residual_MK).view(x.shape)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -78,7 +82,8 @@ class _Mlp(torch.autograd.Function):
             d_first_DK = d_hidden_MD.t() @ x_MK if needed[1] else None
         d_second_KD = d_out_MK.t() @ active_MD if needed[3] else None
         d_second_bias_K = d_out_MK.sum(0).to(of_second) if needed[4] else None
-        return d_x, d_first_DK, d_first_bias_D, d_second_KD, d_second_bias_K, None
+        d_residual = d_out if needed[5] else None
+        return d_x, d_first_DK, d_first_bias_D, d_second_KD, d_second_bias_K, d_residual, None
 
 
 def mlp(
@@ -87,16 +92,19 @@ def mlp(
     first_bias_D: torch.Tensor,
     second_KD: torch.Tensor,
     second_bias_K: torch.Tensor,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """second gelu(first x + first_bias) + second_bias, (..., K) to (..., K).
+    """second gelu(first x + first_bias) + second_bias, (..., K) to (..., K), or residual (..., K) + that.
 
     One kernel a product and its GELU for bfloat16 and float16 on Hopper GPUs and later (or under
     TRITON_INTERPRET=1) from 256 hidden numbers, 64 in and 128 rows on: by quack where it is installed, else
     by Triton. On other GPUs, and in float32, the products and `biased_gelu`; else the reference.
     """
+    inputs = x, first_DK, first_bias_D, second_KD, second_bias_K, residual
     if runs_triton(x) and takes(x, first_DK):
-        return _Mlp.apply(x, first_DK, first_bias_D, second_KD, second_bias_K, torch.is_grad_enabled())
+        return _Mlp.apply(*inputs, torch.is_grad_enabled())
     if x.is_cuda and runs_triton(x):
         active = biased_gelu(F.linear(x, first_DK, first_bias_D.detach()), first_bias_D)
-        return F.linear(active, second_KD, second_bias_K)
-    return mlp_reference(x, first_DK, first_bias_D, second_KD, second_bias_K)
+        out = F.linear(active, second_KD, second_bias_K)
+        return out if residual is None else residual + out
+    return mlp_reference(*inputs)

@@ -1,6 +1,6 @@
 """Products by quack on Hopper: kernels/linear.py's and, with GELU in their end, kernels/mlp.py's.
 
-    out = x weight + bias
+    out = x weight + bias + residual
     active = gelu(x weight^T + bias), and with `keep` hidden below it          (an MLP's first, forward)
     d_hidden = (d_out weight) gelu'(hidden), d_bias = its sum over the rows    (its second, backward)
 
@@ -85,6 +85,11 @@ def _product_and_bias(acc, bias):
     return {"D": acc + bias}
 
 
+@gemm_epilogue(ops={"bias": RowVecLoad("bias")})
+def _product_bias_and_residual(acc, c, bias):
+    return {"D": acc + bias + c}
+
+
 @gemm_epilogue(outputs=("active",), ops={"bias": RowVecLoad("bias")})
 def _hidden_and_gelu(acc, bias):
     hidden = acc + bias
@@ -102,11 +107,19 @@ def _gelu_gradient(acc, c):
     return {"D": d_hidden, "d_bias": d_hidden}
 
 
-def product(x_MK: torch.Tensor, weight_KN: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
-    """x weight + bias (M, N) of halves that begin at 16 bytes; `weight_KN` may be a transposed view."""
+def product(
+    x_MK: torch.Tensor, weight_KN: torch.Tensor, bias_N: torch.Tensor | None, residual_MN: torch.Tensor | None
+) -> torch.Tensor:
+    """x weight + bias (+ residual, only with a bias), (M, N), of halves that begin at 16 bytes.
+
+    `weight_KN` may be a transposed view.
+    """
+    options = {"config": LAUNCH_PRODUCT, "tuned": False}
     if bias_N is None:
-        return _product(x_MK, weight_KN, config=LAUNCH_PRODUCT, tuned=False)["D"]
-    return _product_and_bias(x_MK, weight_KN, config=LAUNCH_PRODUCT, tuned=False, bias=bias_N[None])["D"]
+        return _product(x_MK, weight_KN, **options)["D"]
+    if residual_MN is None:
+        return _product_and_bias(x_MK, weight_KN, bias=bias_N[None], **options)["D"]
+    return _product_bias_and_residual(x_MK, weight_KN, residual_MN, bias=bias_N[None], **options)["D"]
 
 
 def linear_gelu(

@@ -1,19 +1,19 @@
-"""residual_norm: a residual's sum and its LayerNorm, and every gradient of the two from one pass.
+"""residual_norm: the LayerNorm of a residual's sum, which goes on itself, and every gradient from one pass.
 
-    total = x + branch,   x_hat = (total - mean(total)) rstd,   out = x_hat weight + bias
+    x_hat = (total - mean(total)) rstd,   out = x_hat weight + bias
 
-over the last dimension, D. With d_out and, where the total itself goes on, d_total:
+over the last dimension, D. With d_out and, where the total itself goes on, d_later:
 
-    d = d_total + rstd (w d_out - mean(w d_out) - x_hat mean(w d_out x_hat)),   w = weight
-    d_x = d_branch = d,   d_weight = sum d_out x_hat,   d_bias = sum d_out
+    d_total = d_later + rstd (w d_out - mean(w d_out) - x_hat mean(w d_out x_hat)),   w = weight
+    d_weight = sum d_out x_hat,   d_bias = sum d_out
 
 A compiler leaves the sums over rows to a pass of their own, which reads all of it once more: a third of what
 the backward passes of a block's LayerNorms move. Two biases get their gradient here as well, since the
-numbers they sum are at hand: `branch_bias`, which branch already holds without its history (sum d), and
-`later_bias`, which is held so by what will be added to the total (sum d_total).
+numbers they sum are at hand: `branch_bias`, which the total already holds without its history (sum d_total),
+and `later_bias`, which is held so by what will be added to the total (sum d_later).
 
-total is rounded to x's dtype, everything else is float32; sums over rows are of chunks, in their order: no
-atomics. Saved for backward: total, and mean and rstd of its rows.
+All in float32; sums over rows are of chunks, in their order: no atomics. Saved for backward: total, and mean
+and rstd of its rows.
 
 Letters: M rows, D columns, C chunks of rows.
 """
@@ -34,8 +34,7 @@ LAUNCH_BACKWARD = {1024: (2, 2, 4, 4)}
 
 
 def residual_norm_reference(
-    x: torch.Tensor,
-    branch: torch.Tensor,
+    total: torch.Tensor,
     weight_D: torch.Tensor,
     bias_D: torch.Tensor,
     branch_bias_D: torch.Tensor | None = None,
@@ -44,7 +43,8 @@ def residual_norm_reference(
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, total) (..., D): the definition, in any dtype, differentiable by autograd."""
-    total = x + (branch if branch_bias_D is None else branch + (branch_bias_D - branch_bias_D.detach()))
+    if branch_bias_D is not None:
+        total = total + (branch_bias_D - branch_bias_D.detach())
     out = F.layer_norm(total, total.shape[-1:], weight_D, bias_D, eps)
     if later_bias_D is not None:
         total = total + (later_bias_D - later_bias_D.detach())
@@ -54,12 +54,12 @@ def residual_norm_reference(
 @jit
 def _differentiate_norm_kernel(
     d_out_ptr,
-    d_total_ptr,
+    d_later_ptr,
     total_ptr,
     weight_ptr,
     mean_ptr,
     rstd_ptr,
-    d_x_ptr,
+    d_total_ptr,
     partial_ptr,
     M,
     D,
@@ -85,15 +85,15 @@ def _differentiate_norm_kernel(
         x_hat = tl.where(inside, (total - mean[:, None]) * rstd[:, None], 0.0)
         scaled = d_out * weight[None, :]
         mean_scaled, mean_product = tl.sum(scaled, axis=1) / D, tl.sum(scaled * x_hat, axis=1) / D
-        d_x = rstd[:, None] * (scaled - mean_scaled[:, None] - x_hat * mean_product[:, None])
-        if d_total_ptr is not None:
-            d_total = tl.load(d_total_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            d_x += d_total
-            d_later_bias += d_total
-        tl.store(d_x_ptr + place, d_x, mask=inside)
+        d_total = rstd[:, None] * (scaled - mean_scaled[:, None] - x_hat * mean_product[:, None])
+        if d_later_ptr is not None:
+            d_later = tl.load(d_later_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            d_total += d_later
+            d_later_bias += d_later
+        tl.store(d_total_ptr + place, d_total, mask=inside)
         d_weight += d_out * x_hat
         d_bias += d_out
-        d_branch_bias += d_x
+        d_branch_bias += d_total
     parts = partial_ptr + chunk * 4 * D + column
     tl.store(parts, tl.sum(d_weight, axis=0), mask=column < D)
     tl.store(parts + D, tl.sum(d_bias, axis=0), mask=column < D)
@@ -105,11 +105,11 @@ def _differentiate_norm_kernel(
 @torch.library.custom_op(
     "miles_fast::residual_norm_backward",
     mutates_args=(),
-    schema="(Tensor d_out, Tensor? d_total, Tensor total, Tensor weight_D, Tensor mean, Tensor rstd) "
+    schema="(Tensor d_out, Tensor? d_later, Tensor total, Tensor weight_D, Tensor mean, Tensor rstd) "
     "-> (Tensor, Tensor)",
 )
-def _residual_norm_backward(d_out, d_total, total, weight_D, mean, rstd):
-    """d of the docstring, and the sums for weight, bias, branch_bias and later_bias (4, D) in float32."""
+def _residual_norm_backward(d_out, d_later, total, weight_D, mean, rstd):
+    """d_total, and the sums for weight, bias, branch_bias and later_bias (4, D) in float32."""
     d_out, total = d_out.contiguous(), total.contiguous()
     D = total.shape[-1]
     M = math.prod(total.shape[:-1])
@@ -117,7 +117,7 @@ def _residual_norm_backward(d_out, d_total, total, weight_D, mean, rstd):
     rows, programs, num_warps, stages = LAUNCH_BACKWARD.get(
         block_d, (1, 3, max(1, min(16, block_d // 256)), 3)
     )
-    d_x = torch.empty_like(total)
+    d_total = torch.empty_like(total)
     steps = max(1, triton.cdiv(M, rows * programs * multiprocessors(total)))
     C = triton.cdiv(M, rows * steps)
     partial_C4D = total.new_empty((C, 4, D), dtype=torch.float32)
@@ -125,19 +125,19 @@ def _residual_norm_backward(d_out, d_total, total, weight_D, mean, rstd):
         with torch.cuda.device_of(total):
             _differentiate_norm_kernel[(C,)](
                 d_out,
-                None if d_total is None else d_total.contiguous(),
-                *(total, weight_D.contiguous(), mean.contiguous(), rstd.contiguous(), d_x, partial_C4D),
+                None if d_later is None else d_later.contiguous(),
+                *(total, weight_D.contiguous(), mean.contiguous(), rstd.contiguous(), d_total, partial_C4D),
                 *(M, D, steps),
                 ROWS=rows,
                 STAGES=stages,
                 BLOCK_D=block_d,
                 num_warps=num_warps,
             )
-    return d_x, partial_C4D.sum(0)
+    return d_total, partial_C4D.sum(0)
 
 
 @_residual_norm_backward.register_fake
-def _(d_out, d_total, total, weight_D, mean, rstd):
+def _(d_out, d_later, total, weight_D, mean, rstd):
     return total.new_empty(total.shape), total.new_empty((4, total.shape[-1]), dtype=torch.float32)
 
 
@@ -145,24 +145,22 @@ class _ResidualNorm(torch.autograd.Function):
     """Forward is plain torch, which a compiler fuses with what comes before and after."""
 
     @staticmethod
-    def forward(ctx, x, branch, weight_D, bias_D, branch_bias_D, later_bias_D, eps, with_total):
-        total = x + branch
+    def forward(ctx, total, weight_D, bias_D, branch_bias_D, later_bias_D, eps, with_total):
         out, mean, rstd = torch.native_layer_norm(total, total.shape[-1:], weight_D, bias_D, eps)
         ctx.save_for_backward(total, weight_D, mean.float(), rstd.float())
         ctx.biases = [bias is not None for bias in (branch_bias_D, later_bias_D)]
-        return (out, total) if with_total else out
+        return (out, total.view_as(total)) if with_total else out
 
     @staticmethod
-    def backward(ctx, d_out, d_total=None):
-        d_x, sums_4D = _residual_norm_backward(d_out, d_total, *ctx.saved_tensors)
+    def backward(ctx, d_out, d_later=None):
+        d_total, sums_4D = _residual_norm_backward(d_out, d_later, *ctx.saved_tensors)
         d_weight, d_bias, *d_biases = sums_4D.to(ctx.saved_tensors[1].dtype).unbind()
         d_biases = (d if given else None for d, given in zip(d_biases, ctx.biases, strict=True))
-        return d_x, d_x, d_weight, d_bias, *d_biases, None, None
+        return d_total, d_weight, d_bias, *d_biases, None, None
 
 
 def residual_norm(
-    x: torch.Tensor,
-    branch: torch.Tensor,
+    total: torch.Tensor,
     weight_D: torch.Tensor,
     bias_D: torch.Tensor,
     branch_bias_D: torch.Tensor | None = None,
@@ -171,32 +169,28 @@ def residual_norm(
     eps: float = 1e-6,
     with_total: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(LayerNorm of x + branch, x + branch), (..., D) in their dtype; `with_total=False`: (LayerNorm, None).
+    """(LayerNorm of total, total), (..., D) in its dtype; `with_total=False`: (LayerNorm, None).
 
-    `branch_bias_D` and `later_bias_D` get their gradients here: branch, and what will be added to the total,
+    `branch_bias_D` and `later_bias_D` get their gradients here: the total, and what will be added to it,
     already hold them without their history.
 
     The backward pass is a Triton kernel for float32, bfloat16 and float16 on CUDA tensors (or under
     TRITON_INTERPRET=1), else the reference's.
 
     Raises:
-        ValueError: x and branch are not floating-point (..., D) of one shape and dtype, or weight and biases
-            not (D,) of one dtype.
+        ValueError: total is not floating-point (..., D), or weight and biases not (D,) of one dtype.
     """
     vectors = weight_D, bias_D, branch_bias_D, later_bias_D
-    if not x.is_floating_point() or x.shape != branch.shape or x.dtype != branch.dtype:
-        raise ValueError(
-            "x and branch must be floating-point (..., D) of one shape and dtype, got "
-            f"{x.dtype} {tuple(x.shape)} and {branch.dtype} {tuple(branch.shape)}"
-        )
     given = [vector for vector in vectors if vector is not None]
-    if any(vector.shape != x.shape[-1:] or vector.dtype != weight_D.dtype for vector in given):
+    if not total.is_floating_point():
+        raise ValueError(f"total must be floating-point, got {total.dtype} {tuple(total.shape)}")
+    if any(vector.shape != total.shape[-1:] or vector.dtype != weight_D.dtype for vector in given):
         found = ", ".join(f"{vector.dtype} {tuple(vector.shape)}" for vector in given)
-        raise ValueError(f"weight and biases must be ({x.shape[-1]},) of one dtype, got {found}")
-    if runs_triton(x, weight_D, bias_D):
-        found = _ResidualNorm.apply(x, branch, *vectors, eps, with_total)
+        raise ValueError(f"weight and biases must be ({total.shape[-1]},) of one dtype, got {found}")
+    if runs_triton(total, weight_D, bias_D):
+        found = _ResidualNorm.apply(total, *vectors, eps, with_total)
         return found if with_total else (found, None)
-    out, total = residual_norm_reference(x, branch, *vectors, eps=eps)
+    out, total = residual_norm_reference(total, *vectors, eps=eps)
     return out, total if with_total else None
 
 

@@ -42,9 +42,13 @@ class DividedAttention(nn.Module):
         num_frames: int,
         rows_BM: Tensor | None = None,
         *,
+        residual: Tensor | None = None,
         bias_gets_gradient: bool = True,
     ) -> Tensor:
-        """`bias_gets_gradient`: proj's, from here; else the `residual_norm` behind gives it."""
+        """`bias_gets_gradient`: proj's, from here; else the `residual_norm` behind gives it.
+
+        Added to a `residual` of the output's shape, if there is one.
+        """
         parted = takes_bias(x_BND, self.backend)
         if self.fp8 or parted:
             compute = fp8_linear if self.fp8 else linear
@@ -57,7 +61,7 @@ class DividedAttention(nn.Module):
         if rows_BM is not None:
             attended_BND = _rows(attended_BND, rows_BM)
         bias = self.output_bias(x_BND) if bias_gets_gradient else self.proj.bias.detach()
-        return linear(attended_BND, self.proj.weight, bias)
+        return linear(attended_BND, self.proj.weight, bias, residual)
 
     def output_bias(self, x_BND: Tensor) -> Tensor:
         """proj's bias; where attention gives only the queries' bias its gradient, the values' gets it here.
@@ -90,11 +94,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.fp8 = False
 
-    def forward(self, x: Tensor, *, bias_gets_gradient: bool = True) -> Tensor:
-        """`bias_gets_gradient`: fc2's, as in `DividedAttention.forward`."""
+    def forward(self, x: Tensor, residual: Tensor, *, bias_gets_gradient: bool = True) -> Tensor:
+        """residual + the layers of x. `bias_gets_gradient`: fc2's, as in `DividedAttention.forward`."""
         bias = self.fc2.bias if bias_gets_gradient else self.fc2.bias.detach()
-        compute = fp8_mlp if self.fp8 else mlp
-        return compute(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias)
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, bias
+        return residual + fp8_mlp(x, *weights) if self.fp8 else mlp(x, *weights, residual)
 
 
 class Block(nn.Module):
@@ -110,26 +114,18 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.norm3 = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(
-        self, x_BND: Tensor, branch_BND: Tensor | None, num_frames: int, rows_BM: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Both terms of the sum (B, N, D) that the next layer takes, of both terms of one (or a sum, None).
-
-        So that the compiler joins the addition with the norm behind it. Or only the rows `rows_BM` of them:
-        behind attention no row needs another.
-        """
-        if branch_BND is not None:
-            x_BND = x_BND + branch_BND
+    def forward(self, x_BND: Tensor, num_frames: int, rows_BM: Tensor | None = None) -> Tensor:
+        """(B, N, D), or only the rows `rows_BM` of it: behind attention no row needs another."""
         own = not takes_biases(x_BND)
-        attended = self.timeattn(self.norm3(x_BND), num_frames, bias_gets_gradient=own)
+        total = self.timeattn(self.norm3(x_BND), num_frames, residual=x_BND, bias_gets_gradient=own)
         biases = None if own else (self.timeattn.output_bias(x_BND),)
-        normed, _ = _add_and_normalize(x_BND, attended, self.norm1, biases, with_total=False)
-        attended = self.attn(normed, num_frames, rows_BM, bias_gets_gradient=own)
+        normed, _ = _normalize(total, self.norm1, biases, with_total=False)
         if rows_BM is not None:
             x_BND = _rows(x_BND, rows_BM)
+        space = self.attn(normed, num_frames, rows_BM, residual=x_BND, bias_gets_gradient=own)
         biases = None if own else (self.attn.output_bias(x_BND), self.mlp.fc2.bias)
-        normed, space = _add_and_normalize(x_BND, attended, self.norm2, biases)
-        return space, self.mlp(normed, bias_gets_gradient=own)
+        normed, space = _normalize(space, self.norm2, biases)
+        return self.mlp(normed, space, bias_gets_gradient=own)
 
 
 def _rows(x_BND: Tensor, rows_BM: Tensor) -> Tensor:
@@ -137,18 +133,13 @@ def _rows(x_BND: Tensor, rows_BM: Tensor) -> Tensor:
     return token_gather(x_BND.reshape(len(rows_BM), -1, x_BND.shape[-1]), rows_BM)
 
 
-def _add_and_normalize(
-    x: Tensor,
-    branch: Tensor,
-    norm: nn.LayerNorm,
-    biases: tuple[Tensor, ...] | None,
-    *,
-    with_total: bool = True,
+def _normalize(
+    total: Tensor, norm: nn.LayerNorm, biases: tuple[Tensor, ...] | None, *, with_total: bool = True
 ) -> tuple[Tensor, Tensor | None]:
+    """(norm(total), total), which gives `biases` their gradients too."""
     if biases is None:
-        total = x + branch
         return norm(total), total
-    return residual_norm(x, branch, norm.weight, norm.bias, *biases, eps=norm.eps, with_total=with_total)
+    return residual_norm(total, norm.weight, norm.bias, *biases, eps=norm.eps, with_total=with_total)
 
 
 class PatchEmbedding(nn.Module):
@@ -247,11 +238,9 @@ class SpaceTimeTransformer(nn.Module):
         if visible_BK is not None:
             x_BND = token_gather(x_BND, F.pad(visible_BK + 1, (1, 0)))
         *blocks, last = self.blocks
-        terms = x_BND, None
         for block in blocks:
-            terms = block(*terms, num_frames)
-        x_BND, branch_BND = last(*terms, num_frames, rows_BM)
-        return self.norm(x_BND + branch_BND)
+            x_BND = block(x_BND, num_frames)
+        return self.norm(last(x_BND, num_frames, rows_BM))
 
     def embed(
         self,

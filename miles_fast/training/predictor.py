@@ -49,11 +49,9 @@ class Predictor(nn.Module):
         rows = F.pad(visible_BK + 1, (1, 0))
         places = self.mask_token.expand(batch, num_tokens, width).to(entered.dtype)
         x_BND = places.scatter(1, rows[..., None].expand(-1, -1, width), entered) + self._positions()
-        terms = x_BND, None
         for block in self.blocks:
-            terms = block(*terms, self.num_frames)
-        x_BND, branch_BND = terms
-        return self.leave(self.norm(token_gather(x_BND + branch_BND, masked_BM + 1)))
+            x_BND = block(x_BND, self.num_frames)
+        return self.leave(self.norm(token_gather(x_BND, masked_BM + 1)))
 
     def _positions(self) -> Tensor:
         patches_TPD = self.pos_embed[0, None, 1:] + self.temporal_embed[0][:, None]

@@ -32,8 +32,9 @@ def _compile():
     x, weight, hidden = (torch.zeros(256, width, dtype=torch.bfloat16) for width in (WIDTH, WIDTH, HIDDEN))
     first = torch.zeros(HIDDEN, WIDTH, dtype=torch.bfloat16)
     bias = first[:, 0].contiguous()
-    quack_products.product(x, first.T, bias)
-    quack_products.product(hidden, first, None)
+    quack_products.product(x, first.T, bias, None)
+    quack_products.product(x, first.T, bias, hidden)
+    quack_products.product(hidden, first, None, None)
     for keep in (False, True):
         quack_products.linear_gelu(x, first, bias, keep)
     quack_products.gelu_gradient(x, first.T.contiguous(), hidden)
@@ -47,7 +48,7 @@ def test_every_product_compiles_for_sm90_without_spills(tmp_path):
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = sorted(tmp_path.rglob("*.o"))
-    assert len(compiled) == 5
+    assert len(compiled) == 6
     for number, file in enumerate(compiled):
         held = file.read_bytes()
         cubin = tmp_path / f"{number}.cubin"

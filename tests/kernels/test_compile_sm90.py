@@ -156,7 +156,8 @@ def _compilations():
         )
     rows, _, num_warps, stages = residual_norm.LAUNCH_BACKWARD[BLOCK_WIDTH]
     for with_total in (False, True):
-        halves = ["d_out_ptr", "total_ptr", "weight_ptr", "d_x_ptr", *(["d_total_ptr"] if with_total else [])]
+        later = ["d_later_ptr"] if with_total else []
+        halves = ["d_out_ptr", "total_ptr", "weight_ptr", "d_total_ptr", *later]
         yield (
             f"differentiate_norm{'_and_total' if with_total else ''}",
             Compilation(
@@ -169,7 +170,7 @@ def _compilations():
                     "ROWS": rows,
                     "STAGES": stages,
                     "BLOCK_D": BLOCK_WIDTH,
-                    **({} if with_total else {"d_total_ptr": None}),
+                    **({} if with_total else {"d_later_ptr": None}),
                 },
                 num_warps=num_warps,
                 max_registers=200,

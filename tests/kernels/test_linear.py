@@ -33,15 +33,19 @@ def everywhere(monkeypatch):
     """The op's own gradients, also where no quack computes its products."""
     monkeypatch.setattr(module, "_takes_quack", lambda *_: True)
     monkeypatch.setattr(
-        module, "product", lambda x, w, b, transposed: F.linear(x, w if transposed else w.T, b)
+        module,
+        "product",
+        lambda x, w, b, given, r=None: F.linear(x, w if given else w.T, b) + (0 if r is None else r),
     )
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_are_a_linear_layers(everywhere, bias):
-    x, weight, bias_D = (leaf.double().requires_grad_() for leaf in leaves(M=6, K=10, D=7))
-    inputs = (x.detach().view(2, 3, 10).requires_grad_(), weight, *([bias_D] if bias else []))
-    outputs = linear(*inputs), F.linear(*inputs)
+@pytest.mark.parametrize("given", ["bias", "nothing", "bias and residual"])
+def test_gradients_are_a_linear_layers(everywhere, given):
+    x, weight, bias = (leaf.double().requires_grad_() for leaf in leaves(M=6, K=10, D=7))
+    residual = torch.randn(2, 3, 7, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    more = {"bias": (bias,), "nothing": (), "bias and residual": (bias, residual)}[given]
+    inputs = (x.detach().view(2, 3, 10).requires_grad_(), weight, *more)
+    outputs = linear(*inputs), F.linear(*inputs[:3]) + sum(inputs[3:])
     torch.testing.assert_close(*outputs)
     d_out = torch.randn_like(outputs[0])
     torch.testing.assert_close(*(torch.autograd.grad(out, inputs, d_out) for out in outputs))
@@ -79,11 +83,31 @@ def test_quack_takes_wide_products_of_many_rows(monkeypatch):
     assert taken == [(8200, 192)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_is_added_to_a_residual(dtype):
+    inputs = leaves(dtype=dtype)
+    drawn = torch.randn(384, 8201, device=DEVICE, dtype=dtype)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    misaligned = drawn.flatten()[1 : 1 + 8200 * 384].view(8200, 384)
+    for residual in (drawn[:, 1:].T, drawn.T[1:].contiguous(), misaligned):
+        expected = residual.double() + F.linear(*(tensor.double() for tensor in inputs))
+        for found in (linear(*inputs, residual), product(*inputs, True, residual)):
+            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_says_what_a_residual_needs():
+    x, weight, bias = leaves(M=6, K=10, D=7)
+    residual = torch.zeros(6, 7, device=DEVICE, dtype=x.dtype)
+    for more in ((None, residual), (bias, residual.double())):
+        with pytest.raises(ValueError, match="needs a bias and the dtype of x"):
+            linear(x, weight, *more)
+
+
 @pytest.mark.parametrize("transposed", [True, False])
 def test_registered_op_is_sound(transposed):
     x, weight, bias = leaves(K=192, D=192)
-    for given in (bias, None):
-        torch.library.opcheck(torch.ops.miles_fast.product.default, (x, weight, given, transposed))
+    for more in ((bias, transposed), (None, transposed), (bias, transposed, x)):
+        torch.library.opcheck(torch.ops.miles_fast.product.default, (x, weight, *more))
 
 
 @pytest.mark.parametrize("compiler", ("eager", "aot_eager"))

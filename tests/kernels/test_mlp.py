@@ -99,6 +99,14 @@ def test_frozen_layers_cost_nothing_and_change_no_other_gradient(backend):
     assert second_alone[0].shape == second.shape
 
 
+def test_is_added_to_a_residual(backend):
+    inputs = [leaf.requires_grad_() for leaf in (*leaves(), torch.randn_like(leaves()[0]))]
+    outputs = mlp(*inputs), mlp(*inputs[:-1]) + inputs[-1]
+    torch.testing.assert_close(*outputs, rtol=2e-3, atol=2e-3)
+    d_out = torch.randn_like(outputs[0])
+    torch.testing.assert_close(*(torch.autograd.grad(out, inputs, d_out) for out in outputs))
+
+
 def test_takes_clips_of_tokens_by_stride():
     x, *others = leaves()
     by_stride = x.view(2, 65, 72).transpose(0, 1)
