@@ -127,9 +127,9 @@ def _(hidden, bias_D):
 @torch.library.custom_op(
     "miles_fast::gelu_backward",
     mutates_args=(),
-    schema="(Tensor d_out, Tensor hidden, bool again=False) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor d_out, Tensor hidden, bool again) -> (Tensor, Tensor, Tensor)",
 )
-def gelu_backward(d_out, hidden, again=False):
+def gelu_backward(d_out, hidden, again):
     """Gradients of hidden and of the bias, in float32, and `again` gelu(hidden), else nothing."""
     d_out, hidden = d_out.contiguous(), hidden.contiguous()
     D = hidden.shape[-1]
@@ -153,7 +153,7 @@ def gelu_backward(d_out, hidden, again=False):
 
 
 @gelu_backward.register_fake
-def _(d_out, hidden, again=False):
+def _(d_out, hidden, again):
     d_bias_D = hidden.new_empty(hidden.shape[-1:], dtype=torch.float32)
     return hidden.new_empty(hidden.shape), d_bias_D, hidden.new_empty(hidden.shape if again else 0)
 
@@ -166,7 +166,7 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, d_out):
     (hidden,) = ctx.saved_tensors
-    d_hidden, d_bias_D, _ = gelu_backward(d_out, hidden)
+    d_hidden, d_bias_D, _ = gelu_backward(d_out, hidden, False)
     return d_hidden, d_bias_D.to(ctx.bias_dtype)
 
 

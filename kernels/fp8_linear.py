@@ -87,7 +87,7 @@ class _Fp8Linear(torch.autograd.Function):
         d_out_MN = d_out.flatten(0, -2)
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_x = product(d_out_MN, weight_NK, None, False).view(x.shape)
+            d_x = product(d_out_MN, weight_NK, None, False, None).view(x.shape)
         if ctx.needs_input_grad[1]:
             d_weight = d_out_MN.t() @ x.flatten(0, -2)
         if ctx.needs_input_grad[2]:

@@ -83,15 +83,15 @@ class _Fp8Mlp(torch.autograd.Function):
     def backward(ctx, d_out):
         x_MK, first_DK, second_KD, hidden_MD = ctx.saved_tensors
         d_out_MK = d_out.flatten(0, -2)
-        d_active_MD = product(d_out_MK, second_KD, None, False)
+        d_active_MD = product(d_out_MK, second_KD, None, False, None)
         if runs_triton(hidden_MD):
-            d_hidden_MD, d_first_bias_D, active_MD = gelu_backward(d_active_MD, hidden_MD, again=True)
+            d_hidden_MD, d_first_bias_D, active_MD = gelu_backward(d_active_MD, hidden_MD, True)
         else:
             d_hidden_MD = torch.ops.aten.gelu_backward(d_active_MD, hidden_MD)
             d_first_bias_D, active_MD = d_hidden_MD.sum(0), F.gelu(hidden_MD)
         of_first, of_second = ctx.bias_dtypes
         return (
-            product(d_hidden_MD, first_DK, None, False).view(d_out.shape),
+            product(d_hidden_MD, first_DK, None, False, None).view(d_out.shape),
             d_hidden_MD.t() @ x_MK,
             d_first_bias_D.to(of_first),
             d_out_MK.t() @ active_MD,

@@ -33,10 +33,9 @@ def _takes_quack(x: torch.Tensor, weight: torch.Tensor) -> bool:
 @torch.library.custom_op(
     "miles_fast::product",
     mutates_args=(),
-    schema="(Tensor x_MK, Tensor weight, Tensor? bias_N, bool transposed, Tensor? residual_MN=None) "
-    "-> Tensor",
+    schema="(Tensor x_MK, Tensor weight, Tensor? bias_N, bool transposed, Tensor? residual_MN) -> Tensor",
 )
-def product(x_MK, weight, bias_N, transposed, residual_MN=None):
+def product(x_MK, weight, bias_N, transposed, residual_MN):
     """x weight^T + bias (M, N) of `transposed` weight (N, K), or x weight + bias of (K, N): no history.
 
     Added to a residual of the same dtype, if there is one; with a bias.
@@ -53,7 +52,7 @@ def product(x_MK, weight, bias_N, transposed, residual_MN=None):
 
 
 @product.register_fake
-def _(x_MK, weight, bias_N, transposed, residual_MN=None):
+def _(x_MK, weight, bias_N, transposed, residual_MN):
     return x_MK.new_empty(len(x_MK), weight.shape[0 if transposed else 1])
 
 
@@ -76,7 +75,7 @@ class _Linear(torch.autograd.Function):
         d_out_MD = d_out.flatten(0, -2)
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_x = product(d_out_MD, weight_DK, None, False).view(x.shape)
+            d_x = product(d_out_MD, weight_DK, None, False, None).view(x.shape)
         if ctx.needs_input_grad[1]:
             d_weight = d_out_MD.t() @ x.flatten(0, -2)
         if ctx.needs_input_grad[2]:

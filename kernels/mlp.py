@@ -45,7 +45,7 @@ def _product_gelu_backward(d_out_MK, second_KD, hidden_MD):
     """Gradients of hidden (M, D) and of the first bias (D), float32."""
     if products := quack_for(hidden_MD):
         return products.gelu_gradient(*map(for_bulk_copies, (d_out_MK, second_KD, hidden_MD)))
-    d_hidden_MD, d_bias_D, _ = gelu_backward(d_out_MK @ second_KD, hidden_MD)
+    d_hidden_MD, d_bias_D, _ = gelu_backward(d_out_MK @ second_KD, hidden_MD, False)
     return d_hidden_MD, d_bias_D
 
 
@@ -78,7 +78,7 @@ class _Mlp(torch.autograd.Function):
         if any(needed[:3]):
             d_hidden_MD, d_first_bias_D = _product_gelu_backward(d_out_MK, second_KD, hidden_MD)
             d_first_bias_D = d_first_bias_D.to(of_first)
-            d_x = product(d_hidden_MD, first_DK, None, False).view(d_out.shape) if needed[0] else None
+            d_x = product(d_hidden_MD, first_DK, None, False, None).view(d_out.shape) if needed[0] else None
             d_first_DK = d_hidden_MD.t() @ x_MK if needed[1] else None
         d_second_KD = d_out_MK.t() @ active_MD if needed[3] else None
         d_second_bias_K = d_out_MK.sum(0).to(of_second) if needed[4] else None

@@ -181,14 +181,14 @@ def _differentiate_frames(
 @torch.library.custom_op(
     "miles_fast::space_attention",
     mutates_args=(),
-    schema="(Tensor qkv_BN3HS, SymInt num_frames, Tensor? query_bias=None) -> (Tensor, Tensor)",
+    schema="(Tensor qkv_BN3HS, SymInt num_frames, Tensor? query_bias) -> (Tensor, Tensor)",
 )
-def _space_attention(qkv_BN3HS, num_frames, query_bias=None):
+def _space_attention(qkv_BN3HS, num_frames, query_bias):
     return _attend_frames(qkv_BN3HS, num_frames)
 
 
 @_space_attention.register_fake
-def _(qkv_BN3HS, num_frames, query_bias=None):
+def _(qkv_BN3HS, num_frames, query_bias):
     B, N, _, H, S = qkv_BN3HS.shape
     return qkv_BN3HS.new_empty((B, N, H * S)), qkv_BN3HS.new_empty((B, H, N), dtype=torch.float32)
 

@@ -238,9 +238,9 @@ def _divide_positions(
 @torch.library.custom_op(
     "miles_fast::temporal_attention",
     mutates_args=(),
-    schema="(Tensor qkv_BN3HS, int num_frames, Tensor? query_bias=None) -> (Tensor, Tensor)",
+    schema="(Tensor qkv_BN3HS, int num_frames, Tensor? query_bias) -> (Tensor, Tensor)",
 )
-def _temporal_attention(qkv_BN3HS, num_frames, query_bias=None):
+def _temporal_attention(qkv_BN3HS, num_frames, query_bias):
     qkv_BN3HS = qkv_BN3HS.contiguous()
     B, N, _, H, S = qkv_BN3HS.shape
     C, constants = _launch_constants(LAUNCH_FORWARD, qkv_BN3HS, num_frames)
@@ -256,7 +256,7 @@ def _temporal_attention(qkv_BN3HS, num_frames, query_bias=None):
 
 
 @_temporal_attention.register_fake
-def _(qkv_BN3HS, num_frames, query_bias=None):
+def _(qkv_BN3HS, num_frames, query_bias):
     B, N, _, H, S = qkv_BN3HS.shape
     return qkv_BN3HS.new_empty((B, N, H * S)), qkv_BN3HS.new_empty((B, H), dtype=torch.float32)
 

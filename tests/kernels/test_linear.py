@@ -106,7 +106,7 @@ def test_says_what_a_residual_needs():
 @pytest.mark.parametrize("transposed", [True, False])
 def test_registered_op_is_sound(transposed):
     x, weight, bias = leaves(K=192, D=192)
-    for more in ((bias, transposed), (None, transposed), (bias, transposed, x)):
+    for more in ((bias, transposed, None), (None, transposed, None), (bias, transposed, x)):
         torch.library.opcheck(torch.ops.miles_fast.product.default, (x, weight, *more))
 
 

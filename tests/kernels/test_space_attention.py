@@ -101,7 +101,7 @@ def test_float64_is_answered_by_the_reference_and_passes_gradcheck():
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs Triton or its interpreter")
 def test_registered_op_is_sound():
-    torch.library.opcheck(torch.ops.miles_fast.space_attention.default, (_qkv().requires_grad_(), 2))
+    torch.library.opcheck(torch.ops.miles_fast.space_attention.default, (_qkv().requires_grad_(), 2, None))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))

@@ -127,7 +127,7 @@ def test_cls_row_combines_more_chunks_than_one_load_holds():
 
 @needs_triton
 def test_registered_op_is_sound():
-    torch.library.opcheck(torch.ops.miles_fast.temporal_attention.default, (_qkv(), 2))
+    torch.library.opcheck(torch.ops.miles_fast.temporal_attention.default, (_qkv(), 2, None))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
