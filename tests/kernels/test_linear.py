@@ -123,4 +123,4 @@ def test_takes_weights_that_lie_anywhere():
     x, *others = leaves()
     flat = [torch.cat([leaf.new_zeros(1), leaf.flatten()])[1:].view_as(leaf) for leaf in others]
     assert all(leaf.data_ptr() % 16 for leaf in flat)
-    assert torch.equal(product(x, *others, True), product(x, *flat, True))
+    assert torch.equal(*(product(x, *weights, True, None) for weights in (others, flat)))
