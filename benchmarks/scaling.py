@@ -10,7 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from loader_stages import WARMUP
 
 from miles_fast.training.progress import read_log
@@ -20,7 +22,11 @@ PROGRAM = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Medians over a run's log after the warm-up; `ratio` is its clips/s against those of the first row."""
+    """Medians over a run's log after the warm-up; `ratio` is its clips/s against those of the first row.
+
+    `alone`: clips/s of each of its GPUs in a run of its own, all at the same time. What those lose against
+    the first row is the cards' and the host's, what the row loses against them is the ranks' waiting.
+    """
 
     gpus: int
     clips_per_second: float
@@ -28,52 +34,75 @@ class Row:
     step_milliseconds: float
     data_wait_milliseconds: float
     memory_gib: float | None
+    alone: list[float] | None
 
 
 def measure_scaling(
-    counts: Sequence[int], config_file: str, ds_config: str, overrides: Sequence[str], steps: int
+    counts: Sequence[int],
+    config_file: str,
+    ds_config: str,
+    overrides: Sequence[str],
+    steps: int,
+    *,
+    singles: bool = False,
 ) -> list[Row]:
     """Train `steps` steps on each number of GPUs (of CPU ranks, without a GPU), the same clips on each.
 
-    Raises SystemExit with the launcher's code where a run fails; it has said why by then.
+    `singles` measures `Row.alone` too. Raises SystemExit with the launcher's code where a run fails; it has
+    said why by then.
     """
+    options = ("--config", config_file, "--ds_config", ds_config, *overrides, "data.evaluation=[]")
+    options = (*options, f"run.steps={steps}", f"run.save_every={steps}", "run.log_every=5")
     rows: list[Row] = []
     for count in counts:
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder) / "run"
-            _launch(
-                count,
-                *("--config", config_file, "--ds_config", ds_config, *overrides, "data.evaluation=[]"),
-                *(f"run.folder={run}", f"run.steps={steps}", f"run.save_every={steps}", "run.log_every=5"),
-            )
-            records = [r for r in read_log(run) if "loss" in r and r["step"] > WARMUP]
-        medians = {
-            name: statistics.median(record[name] for record in records)
-            for name in ("clips_per_second", "step_milliseconds", "data_wait_milliseconds")
-        }
+        ((medians, memory),) = _train([range(count)], options)
         first = rows[0].clips_per_second if rows else medians["clips_per_second"]
         ratio = medians["clips_per_second"] / first
-        rows.append(Row(gpus=count, ratio=ratio, memory_gib=records[-1].get("memory_gib"), **medians))
+        alone = None
+        if singles and count > 1:
+            alone = [one["clips_per_second"] for one, _ in _train([[gpu] for gpu in range(count)], options)]
+        rows.append(Row(gpus=count, ratio=ratio, memory_gib=memory, alone=alone, **medians))
     return rows
 
 
-def _launch(count: int, *options: str) -> None:
+def _train(runs: Sequence[Sequence[int]], options: Sequence[str]) -> list[tuple[dict[str, float], Any]]:
+    """One run on each of these sets of GPUs, all at the same time: medians of its log, and its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder) / str(number) for number in range(len(runs))]
+        begun = [
+            _launch(gpus, *options, f"run.folder={run}") for gpus, run in zip(runs, folders, strict=True)
+        ]
+        if codes := [code for code in [run.wait() for run in begun] if code]:
+            sys.exit(codes[0])
+        return [_medians([r for r in read_log(run) if "loss" in r and r["step"] > WARMUP]) for run in folders]
+
+
+def _medians(records: list[dict[str, Any]]) -> tuple[dict[str, float], Any]:
+    names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds")
+    medians = {name: statistics.median(record[name] for record in records) for name in names}
+    return medians, records[-1].get("memory_gib")
+
+
+def _launch(gpus: Sequence[int], *options: str) -> subprocess.Popen[bytes]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launcher = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count))
-    code = subprocess.run([*launcher, "--master_port", port, str(PROGRAM), *options]).returncode
-    if code:
-        sys.exit(code)
+    listed = ",".join(map(str, gpus))
+    which = (
+        ("--include", f"localhost:{listed}") if torch.cuda.is_available() else ("--num_gpus", str(len(gpus)))
+    )
+    launcher = (sys.executable, "-m", "deepspeed.launcher.runner", *which, "--master_port", port)
+    return subprocess.Popen([*launcher, str(PROGRAM), *options])
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for people."""
-    lines = [f"{'GPUs':>5}{'clips/s':>12}{'ratio':>8}{'ms':>10}{'data ms':>10}{'GiB':>8}"]
+    lines = [f"{'GPUs':>5}{'clips/s':>12}{'ratio':>8}{'ms':>10}{'data ms':>10}{'GiB':>8}  each GPU alone"]
     for row in rows:
         memory = "-" if row.memory_gib is None else f"{row.memory_gib:.1f}"
+        alone = "-" if row.alone is None else " + ".join(f"{one:.2f}" for one in row.alone)
         lines.append(
             f"{row.gpus:>5}{row.clips_per_second:>12.2f}{row.ratio:>8.3f}{row.step_milliseconds:>10.2f}"
-            f"{row.data_wait_milliseconds:>10.2f}{memory:>8}"
+            f"{row.data_wait_milliseconds:>10.2f}{memory:>8}  {alone}"
         )
     return "\n".join(lines)

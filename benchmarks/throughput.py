@@ -8,7 +8,7 @@ python benchmarks/throughput.py doctor  what holds a run back, and what removes 
 python benchmarks/throughput.py decoders --videos TAR ...   the loader by layout and decoder
 python benchmarks/throughput.py curves                      the loss as configured and as published; [--fp8]
 python benchmarks/throughput.py spoiled                     the loader where samples are unusable
-python benchmarks/throughput.py scaling [--gpus 1 2]        whole runs on so many GPUs of this host
+python benchmarks/throughput.py scaling [--gpus 1 2] [--singles]   whole runs on so many GPUs of this host
 python benchmarks/throughput.py saves [--saves 4]           what checkpoints cost a run
 
 Each stands beside what people would otherwise use, measured in the same run. Any config: [--config FILE]
@@ -170,7 +170,8 @@ def spoil(config: Config, settings: EngineSettings, options: argparse.Namespace)
 def scale(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
     """Rows of whole runs, one for each number of GPUs."""
     steps = options.batches + WARMUP
-    rows = measure_scaling(options.gpus, options.config, options.ds_config, options.overrides, steps)
+    files = options.config, options.ds_config, options.overrides
+    rows = measure_scaling(options.gpus, *files, steps, singles=options.singles)
     print(scaling_table(rows))
     return [asdict(row) for row in rows]
 
@@ -215,6 +216,9 @@ def main() -> int:
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="decoders: keep what is prepared here")
     parser.add_argument("--rival-seconds", type=float, default=10.0, help="for each rival or decoder")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2], metavar="N", help="for scaling")
+    parser.add_argument(
+        "--singles", action="store_true", help="for scaling: each GPU alone too, all at the same time"
+    )
     parser.add_argument("--saves", type=int, default=4, help="saves: so many among the --batches steps")
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument("--alone", action="store_true", help="step: nothing beside it")

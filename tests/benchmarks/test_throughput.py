@@ -334,12 +334,13 @@ def test_plain_ops_are_all_that_have_a_kernel_but_attention(monkeypatch):
 
 def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch):
     counts = [1, 2] if os.environ.get("MILES_FAST_FAULTS") == "full" else [2]  # each takes a launch
-    printed, rows = call(root, "scaling", "run.log_every=1", "--gpus", *map(str, counts))
+    printed, rows = call(root, "scaling", "run.log_every=1", "--singles", "--gpus", *map(str, counts))
     assert [row["gpus"] for row in rows] == counts and rows[0]["ratio"] == 1
     for row in rows:  # 4 clips on each rank
         expected = 4000 * row["gpus"] / row["step_milliseconds"]
         assert row["clips_per_second"] == pytest.approx(expected, rel=0.3)
         assert row["ratio"] == row["clips_per_second"] / rows[0]["clips_per_second"]
+        assert len(row["alone"] or [0]) == row["gpus"] and all(row["alone"] or [1])
         assert f"{row['gpus']:>5}{row['clips_per_second']:>12.2f}{row['ratio']:>8.3f}" in printed
     monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "launch"))
     import plan
