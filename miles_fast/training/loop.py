@@ -134,11 +134,11 @@ def pretrain(
             )
             stop.listen()
             _train(training, first_step)
-        except RuntimeError as error:
+        except Exception as error:
             if is_out_of_memory(error):
-                report = memory_report(objective, engine, snapshot, settings, device)
+                report = memory_report(error, objective, engine, snapshot, settings, device)
                 raise OutOfMemory(report) from error
-            if "gloo" in str(error) or isinstance(error, torch.distributed.DistError):
+            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
                 watchdog.await_verdict()
             raise
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +15,13 @@ from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.engine_state import own_state
 from miles_fast.training.snapshot import Snapshot
 
+# What torch, NCCL, Triton, quack, cuBLAS and DALI say: only torch has a type for it. Where torch holds
+# almost all memory, the others are the first to find none.
+_SAID = re.compile(
+    r"[Oo]ut of memory|OUT_OF_MEMORY|cudaErrorMemoryAllocation|ALLOC_FAILED"
+    r"|CUDA allocation failed|device allocator failed|Can't allocate \d+ bytes on device"
+)
+
 
 class OutOfMemory(ValueError):
     """A device's memory did not suffice; the message says what took it and which setting to lower."""
@@ -21,20 +30,21 @@ class OutOfMemory(ValueError):
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Also where the error only followed from one, as at the end of a graph's capture that broke off."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or _SAID.search(str(error)):
             return True
         error = error.__context__
     return False
 
 
 def memory_report(
+    error: BaseException,
     objective: nn.Module | None,
     engine: Any,
     snapshot: Snapshot | None,
     settings: EngineSettings,
     device: torch.device,
 ) -> str:
-    """A table of GiB by use, and what to change, in the order of what it costs.
+    """What `error` says, a table of GiB by use, and what to change, in the order of what it costs.
 
     What the run had not built when its memory ended is None.
     """
@@ -69,4 +79,7 @@ def memory_report(
         advice.append(f"zero_optimization.stage {settings.stage} -> {settings.stage + 1} (with several GPUs)")
     advice.append("run.activation_memory_budget, with run.compile: true (0.3, say: recomputes the rest)")
     advice.append("data.frames_per_clip, or method.view = D, which drops the masked patches")
-    return f"rank {rank()} ran out of memory.\n{table}\nLower, in this order:\n  " + "\n  ".join(advice)
+    cause = textwrap.shorten(str(error), 300)
+    return f"rank {rank()} ran out of memory.\n{cause}\n{table}\nLower, in this order:\n  " + "\n  ".join(
+        advice
+    )

@@ -97,11 +97,31 @@ def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, k
     finding("F9", f"{what}: named, all ended {seconds:.0f} s after the start (limit 12 s)")
 
 
-@pytest.mark.parametrize("where", ["build_engine", "Saver", "train_step"])
-def test_memory_that_does_not_suffice_is_reported(root, tmp_path, monkeypatch, finding, where):
+class QuackError(Exception):
+    """Its errors are no RuntimeErrors."""
+
+
+NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    QuackError("DSLCudaRuntimeError: CUDA_ERROR_OUT_OF_MEMORY (error code: 2)"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.distributed.DistBackendError("NCCL error: unhandled cuda error. Cuda failure 2 'out of memory'"),
+    MemoryError("CUDA allocation failed"),
+)
+
+
+@pytest.mark.parametrize(
+    "where,error",
+    [
+        *((where, NO_MEMORY[0]) for where in ("build_engine", "Saver")),
+        *(("train_step", e) for e in NO_MEMORY),
+    ],
+)
+def test_memory_that_does_not_suffice_is_reported(root, tmp_path, monkeypatch, finding, where, error):
     def full(*rest, **options):
         try:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise error
         finally:
             if where == "Saver":  # what a capture that broke off ends with
                 raise RuntimeError("operation failed due to a previous error during capture")
@@ -112,6 +132,7 @@ def test_memory_that_does_not_suffice_is_reported(root, tmp_path, monkeypatch, f
     with pytest.raises(OutOfMemory) as caught:
         loop.pretrain(config, settings)
     text = str(caught.value)
+    assert where == "Saver" or f"rank 0 ran out of memory.\n{error}\n" in text
     assert "rank 0 ran out of memory" in text and "optimizer moments" in text and "snapshot" in text
     assert "train_micro_batch_size_per_gpu 4 -> 2 with gradient_accumulation_steps 1 -> 2" in text
     assert "zero_optimization.stage 1 -> 2" in text
