@@ -1,7 +1,8 @@
 """What N GPUs will take, from a measured one: python launch/plan.py --measured 1=RUN/log.jsonl
 
 A measurement is a run's log.jsonl, or the --json of benchmarks/throughput.py scaling (or step, of one GPU),
-with the same --config and --ds_config. Further ones (2=FILE) are compared with what is predicted for them.
+with the same --config and --ds_config. From the first further one (2=FILE) comes how long ranks wait for the
+slowest; others are compared with what is predicted for them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 from miles_fast.config import load_config
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
-from miles_fast.training.planning import Links, Measured, Plan, model_sizes, plan
+from miles_fast.training.planning import Links, Measured, Plan, model_sizes, plan, rank_spread
 
 ROOT = Path(__file__).resolve().parent
 
@@ -51,9 +53,15 @@ def main() -> None:
         f"{sizes.trained / 1e6:.1f} M parameters, {sizes.snapshot / 1e6:.1f} M in the snapshot; ZeRO "
         f"{settings.stage}, {settings.batch} clips x {settings.accumulation} a GPU"
     )
+    spread, several = 0.0, min((gpus for gpus in measured if gpus > 1), default=None)
+    predict = partial(plan, config, settings, sizes, measured[1], links, hidden=options.hidden)
+    if several is None:
+        print("ranks are taken to be equally fast: --measured 2=FILE says how much they differ")
+    else:
+        spread = rank_spread(predict(several), measured[several])
+        print(f"ranks' steps differ by {1000 * spread:.1f} ms (standard deviation), from {several} GPUs")
     for gpus in sorted({*options.gpus, *measured}):
-        found = plan(config, settings, sizes, measured[1], links, gpus, options.hidden)
-        print(_row(found, measured.get(gpus) if gpus > 1 else None))
+        print(_row(predict(gpus, spread=spread), measured.get(gpus) if gpus > 1 else None))
 
 
 def _measurement(text: str, settings: EngineSettings, ds_config: str) -> tuple[int, Measured]:
@@ -93,7 +101,8 @@ def _row(found: Plan, seen: Measured | None) -> str:
     memory = "   ?" if found.memory_gib is None else f"{found.memory_gib:6.1f}"
     row = (
         f"{found.gpus:>5} GPUs  memory {memory} GiB (state {found.state_gib:5.1f})  sends "
-        f"{found.sent_bytes / 1e9:6.2f} GB in {1000 * found.communication_seconds:6.1f} ms  "
+        f"{found.sent_bytes / 1e9:6.2f} GB in {1000 * found.communication_seconds:6.1f} ms, "
+        f"waits {1000 * found.waiting_seconds:5.1f} ms  "
         f"{found.clips_per_second:>10,.0f} clips/s  {100 * found.efficiency:5.1f} %"
     )
     if seen is not None:

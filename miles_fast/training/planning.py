@@ -1,14 +1,15 @@
 """What a run will take on more GPUs: memory, communication and time, from one measured GPU.
 
 Rings: a GPU sends (n - 1) / n of a buffer for a gather or a scatter of its gradients, twice that for a sum
-over all. Between hosts every GPU has its own network card, and a ring is as fast as its slowest link. What is
-not computed is said in `Plan`: waiting for the slowest rank, and reading.
+over all. Between hosts every GPU has its own network card, and a ring is as fast as its slowest link. Every
+step takes as long as its slowest rank's; what ranks differ by is known only from a run of several.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,8 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Of one GPU among `gpus`: GiB, bytes sent and their seconds in a step; and clips/s of all.
-
-    No rank is taken to be late, and reading to keep up.
+    """Of one GPU among `gpus`: GiB, bytes sent, their seconds and those of waiting for the slowest rank in a
+    step; and clips/s of all. Reading is taken to keep up.
     """
 
     gpus: int
@@ -72,6 +72,7 @@ class Plan:
     memory_gib: float | None
     sent_bytes: float
     communication_seconds: float
+    waiting_seconds: float
     clips_per_second: float
     efficiency: float
 
@@ -126,6 +127,23 @@ def _sums_float32(settings: EngineSettings) -> bool:
     return settings.stage == 1 and (kind == "fp32" or not settings.bf16)
 
 
+def slowest(ranks: int) -> float:
+    """Standard deviations by which the slowest of so many ranks is expected above their mean.
+
+    Of normal step times: Blom's approximation (Statistical Estimates and Transformed Beta-Variables, 1958).
+    """
+    return 0.0 if ranks == 1 else statistics.NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+
+
+def rank_spread(found: Plan, measured: Measured) -> float:
+    """Standard deviation of the ranks' step times in seconds, of which `found` knew nothing.
+
+    What `measured`, of as many GPUs, took longer than was predicted is taken for waiting for the slowest.
+    """
+    predicted = measured.step_seconds * measured.clips_per_second / found.clips_per_second
+    return max(measured.step_seconds - predicted, 0.0) / slowest(found.gpus)
+
+
 def plan(
     config: Config,
     settings: EngineSettings,
@@ -134,9 +152,13 @@ def plan(
     links: Links,
     gpus: int,
     hidden: float = 0.0,
+    spread: float = 0.0,
 ) -> Plan:
-    """Predict `gpus` GPUs from `measured`, which is of one; `hidden` is the share of the reduction of
-    gradients and gathering of weights that the passes hide (0 at ZeRO 0 and 1, which reduce after them)."""
+    """Predict `gpus` GPUs from `measured`, which is of one.
+
+    `hidden` is the share of the reduction of gradients and gathering of weights that the passes hide (0 at
+    ZeRO 0 and 1, which reduce after them), `spread` that of `rank_spread`.
+    """
     alone, state = state_bytes(sizes, settings, 1), state_bytes(sizes, settings, gpus)
     memory = None
     if measured.memory_gib is not None:
@@ -146,7 +168,8 @@ def plan(
     exchanged, rest = sent_bytes(config, sizes, settings, gpus)
     collectives = 2 + 3 * settings.accumulation
     seconds = links.seconds(exchanged, gpus, collectives) * (1 - hidden) + links.seconds(rest, gpus)
-    step = measured.step_seconds + seconds
+    waiting = spread * slowest(gpus)
+    step = measured.step_seconds + seconds + waiting
     clips = settings.batch * settings.accumulation * gpus / step
     return Plan(
         gpus=gpus,
@@ -154,6 +177,7 @@ def plan(
         memory_gib=memory,
         sent_bytes=exchanged + rest,
         communication_seconds=seconds,
+        waiting_seconds=waiting,
         clips_per_second=clips,
         efficiency=clips / (gpus * measured.clips_per_second),
     )

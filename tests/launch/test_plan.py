@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import ds_tree, tiny_config
 
 from miles_fast.config import load_config
@@ -16,7 +17,9 @@ from miles_fast.training.planning import (
     Sizes,
     model_sizes,
     plan,
+    rank_spread,
     sent_bytes,
+    slowest,
     state_bytes,
 )
 
@@ -69,6 +72,27 @@ def test_one_gpu_is_predicted_as_measured_and_more_are_slower_each(tmp_path):
     assert slow.communication_seconds > 8 * plans[3].communication_seconds
 
 
+def test_waiting_for_the_slowest_rank_is_found_from_a_few_and_foretold_for_more(tmp_path):
+    config, sizes = tiny_config(tmp_path), Sizes(trained=180_000_000, snapshot=114_000_000)
+    settings, spread = settings_of(config, 1), 0.005
+    alone = Measured(clips_per_second=400.0, step_seconds=0.16, memory_gib=None)
+    generator = torch.Generator().manual_seed(0)
+    for ranks in (2, 4, 64):
+        drawn = torch.randn(20_000, ranks, generator=generator, dtype=torch.float64).amax(1).mean()
+        assert slowest(ranks) == pytest.approx(drawn.item(), rel=0.08)
+    quick = plan(config, settings, sizes, alone, Links(), 2)
+    assert quick.waiting_seconds == 0
+    late = 0.16 + quick.communication_seconds + spread * slowest(2)
+    seen = Measured(clips_per_second=128 / late, step_seconds=late, memory_gib=None)
+    found = rank_spread(quick, seen)
+    assert found == pytest.approx(spread)
+    two, many = (plan(config, settings, sizes, alone, Links(), gpus, spread=found) for gpus in (2, 64))
+    assert two.clips_per_second == pytest.approx(128 / late)
+    assert 3.5 < many.waiting_seconds / two.waiting_seconds < 4.5
+    faster = Measured(clips_per_second=900.0, step_seconds=128 / 900, memory_gib=None)
+    assert rank_spread(quick, faster) == 0
+
+
 def test_the_program_compares_with_what_was_measured(tmp_path, capsys, monkeypatch):
     sys.path.insert(0, str(ROOT / "launch"))
     import plan as program
@@ -80,8 +104,10 @@ def test_the_program_compares_with_what_was_measured(tmp_path, capsys, monkeypat
     monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "1", "1024", "--measured", *files])
     program.main()
     out = capsys.readouterr().out
-    assert "180.9 M parameters" in out and "measured 780 clips/s: predicted +" in out and "1024 GPUs" in out
-    two, four = (next(line for line in out.splitlines() if f" {gpus} GPUs" in line) for gpus in (2, 4))
+    assert "180.9 M parameters" in out and "measured 780 clips/s: predicted +0.0 %" in out
+    rows = {int(line.split()[0]): line for line in out.splitlines() if re.match(r" +\d+ GPUs", line)}
+    assert list(rows) == [1, 2, 4, 1024]
+    two, four = rows[2], rows[4]
     error = float(re.search("12.0 GiB: predicted (.*) %", four)[1])
     assert error == pytest.approx(100 * (float(four.split()[3]) / 12 - 1), abs=0.5)
     assert two.count("predicted") == 1
