@@ -1,4 +1,4 @@
-"""DeepSpeed's bf16 optimizer with its gradient taken flat, against its own way; rates of parameter groups."""
+"""DeepSpeed's optimizers with gradients taken together, against their own way; rates of parameter groups."""
 
 from dataclasses import replace
 
@@ -39,20 +39,24 @@ class Net(nn.Module):
         return (self.second(hidden) if with_second else hidden).float().square().sum()
 
 
-def run(root, accumulation, clipping):
+# Summed over ranks as they are: DeepSpeed would round them to bf16, over one rank as well.
+FLOAT32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+
+
+def run(root, accumulation, clipping, stage=1, bf16=True, dtypes=FLOAT32):
     init_process_group()
-    tree = ds_tree(stage=1, batch=2, accumulation=accumulation, bf16=True)
-    # Summed over ranks as they are: DeepSpeed would round them to bf16, over one rank as well.
-    tree |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    tree |= {"gradient_clipping": clipping}
+    tree = ds_tree(stage=stage, batch=2, accumulation=accumulation, bf16=bf16)
+    tree |= {**dtypes, "gradient_clipping": clipping}
     torch.manual_seed(0)
     engine = build_engine(Net(), check_ds_config(tree, "ds", tiny_config(root), cuda=False, ranks=1))
     norms = []
     for micro_step in range(4 * accumulation):
-        engine.backward(engine(torch.randn(2, 6, dtype=torch.bfloat16), micro_step >= 2))
+        inputs = torch.randn(2, 6, dtype=torch.bfloat16 if bf16 else torch.float32)
+        engine.backward(engine(inputs, micro_step >= 2))
         engine.step()
         norms.append(float(engine.get_global_grad_norm() or 0.0))
-    masters = [partition.detach().clone() for partition in engine.optimizer.fp32_groups_flat_partition]
+    held = "fp32_groups_flat_partition" if dtypes else "single_partition_of_fp32_groups"
+    masters = [partition.detach().clone() for partition in getattr(engine.optimizer, held)]
     release_engine(engine)
     return norms, masters
 
@@ -68,16 +72,37 @@ def test_flat_gradients_train_as_deepspeed_does(root, monkeypatch, accumulation,
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
 
 
-def test_a_gradient_that_is_not_finite_still_stops_the_step(root):
+@pytest.mark.parametrize("stage,bf16", [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize("clipping", [0.05, 1e6])
+def test_gradients_measured_together_train_as_deepspeed_does(root, monkeypatch, stage, bf16, clipping):
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    with monkeypatch.context() as without:
+        without.setattr(stage_1_and_2, "has_inf_or_nan", None)
+        norms, masters = run(root, 1, clipping, stage, bf16, dtypes={})
+    monkeypatch.setattr(engine_module, "measure_gradients_together", lambda optimizer: None)
+    own_norms, own_masters = run(root, 1, clipping, stage, bf16, dtypes={})
+    assert norms == pytest.approx(own_norms, rel=1e-6) and max(norms) > 0.05
+    for one, two in zip(masters, own_masters, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("what", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("stage,dtypes", [(1, FLOAT32), (1, {}), (2, {})])
+def test_a_gradient_that_is_not_finite_still_stops_the_step(root, stage, dtypes, what):
     init_process_group()
-    tree = ds_tree(stage=1, batch=2, bf16=True) | {"data_types": {"grad_accum_dtype": "fp32"}}
+    tree = ds_tree(stage=stage, batch=2, bf16=True) | dtypes
     engine = build_engine(Net(), check_ds_config(tree, "ds", tiny_config(root), cuda=False, ranks=1))
-    before = [partition.detach().clone() for partition in engine.optimizer.fp32_groups_flat_partition]
-    engine.backward(engine(torch.full((2, 6), float("nan"), dtype=torch.bfloat16), True))
+    before = [weight.detach().clone() for weight in engine.module.parameters()]
+    engine.module.first.bias.register_hook(
+        lambda gradient: gradient.index_fill(0, torch.tensor(3), float(what))
+    )
+    engine.backward(engine(torch.ones(2, 6, dtype=torch.bfloat16), True))
     engine.step()
     assert engine.optimizer.overflow
-    assert all(map(torch.equal, before, engine.optimizer.fp32_groups_flat_partition))
-    assert all(not flat.any() for flat in engine.optimizer.fp32_groups_gradients_flat)
+    assert all(map(torch.equal, before, engine.module.parameters()))
+    if dtypes:
+        assert all(not flat.any() for flat in engine.optimizer.fp32_groups_gradients_flat)
     release_engine(engine)
 
 
