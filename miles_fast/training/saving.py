@@ -49,16 +49,27 @@ class HostCopy:
             self._buffer = torch.empty(elements, pin_memory=self._cuda)
 
     def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Start copying float32 tensors; what is returned is good after `wait`."""
+        """Start copying contiguous float32 tensors; what is returned is good after `wait`.
+
+        What lies side by side, as views of an optimizer's flat buffer do, is one copy: the GPU idles while
+        the host starts them.
+        """
         self.reserve(sum(tensor.numel() for tensor in tensors.values()))
         copies, start = {}, 0
+        runs: list[tuple[Tensor, int, int]] = []  # the first tensor, and where the copy begins and ends
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+            stop = start + tensor.numel()
+            copies[name] = self._buffer[start:stop].view(tensor.shape)
+            if runs and _follows(tensor, runs[-1][0], start - runs[-1][1]):
+                runs[-1] = *runs[-1][:2], stop
+            else:
+                runs.append((tensor, start, stop))
+            start = stop
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            for name, tensor in tensors.items():
-                copies[name] = self._buffer[start : start + tensor.numel()].view(tensor.shape)
-                copies[name].copy_(tensor, non_blocking=True)
-                start += tensor.numel()
+            for first, start, stop in runs:
+                self._buffer[start:stop].copy_(first.as_strided((stop - start,), (1,)), non_blocking=True)
         return copies
 
     def hold_back_updates(self) -> None:
@@ -70,6 +81,12 @@ class HostCopy:
         """Wait for the copies."""
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def _follows(tensor: Tensor, first: Tensor, elements: int) -> bool:
+    """Whether it lies so many elements behind the first one, in one storage."""
+    same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    return same and tensor.storage_offset() == first.storage_offset() + elements
 
 
 class Saver:
@@ -96,6 +113,7 @@ class Saver:
         self._copy = HostCopy(device)
         if device.type == "cuda":
             self._copy.reserve(self._elements())
+        self._shapes = {name: tuple(_shape(p)) for name, p in engine.module.named_parameters()}
         # Now: in some weeks its folder may be gone, or the hub not answer.
         self._tokenizer = load_tokenizer(config.model.text.tokenizer_source)
         self._thread: threading.Thread | None = None
@@ -141,10 +159,7 @@ class Saver:
             "counters": counters(self._engine),
             "config": to_dict(self._config),
         }
-        shapes = {
-            name: tuple(_shape(parameter)) for name, parameter in self._engine.module.named_parameters()
-        }
-        arguments = (f"step-{step:08d}", own, random_state(), state, shapes)
+        arguments = (f"step-{step:08d}", own, random_state(), state)
         self._given_up.clear()
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
@@ -194,7 +209,6 @@ class Saver:
         own: dict[str, Tensor],
         random: dict[str, Tensor],
         state: dict[str, Any],
-        shapes: dict[str, tuple[int, ...]],
     ) -> None:
         self._partial.mkdir(parents=True, exist_ok=True)
         average = {key[1:]: tensor for key, tensor in own.items() if key.startswith("|")}
@@ -209,12 +223,12 @@ class Saver:
             files[file] = digest(self._partial / file)
         write_whole(self._record(rank()), json.dumps(files))
         if rank() == 0:
-            self._complete(name, state, shapes)
+            self._complete(name, state)
 
     def _record(self, number: int) -> Path:
         return self._partial / f".rank-{number:05d}.json"
 
-    def _complete(self, name: str, state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    def _complete(self, name: str, state: dict[str, Any]) -> None:
         files: dict[str, dict[str, int | str]] = {}
         for number in range(world_size()):
             while not self._record(number).is_file():
@@ -226,7 +240,7 @@ class Saver:
         model = self._engine.module.model
         write_model(
             self._partial / "student",
-            published_names(whole_weights([self._partial / file for file in files], shapes)),
+            published_names(whole_weights([self._partial / file for file in files], self._shapes)),
             model.config,
             model.vocabulary_size,
             self._tokenizer,
