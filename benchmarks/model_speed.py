@@ -31,8 +31,10 @@ class EncoderRow:
     joules_per_clip: float | None
 
 
-def measure_encoder(config: Config, batch: int, passes: int, device: torch.device) -> list[EncoderRow]:
-    """The encoder as configured, eager with SDPA, and as published (bf16, fp32), in the same run."""
+def measure_encoder(
+    config: Config, batch: int, passes: int, device: torch.device, *, alone: bool = False
+) -> list[EncoderRow]:
+    """The encoder as configured and, unless `alone`, eager with SDPA and as published (bf16, fp32)."""
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     plain = replace(config.run, compile=False, cuda_graphs=False, precision=None, activation_memory_budget=1)
     ways = [
@@ -43,7 +45,7 @@ def measure_encoder(config: Config, batch: int, passes: int, device: torch.devic
         ways.append(("as published, bf16", "eager", half, plain))
     ways.append(("as published, fp32", "eager", torch.float32, plain))
     rows = []
-    for way in ways:
+    for way in ways[:1] if alone else ways:
         with ops(plain=PLAIN_OPS if way[-1] is plain else ()):
             rows.append(_measure(config, batch, passes, device, *way))
         # A graph keeps its memory for as long as the encoder is there, which is part of a cycle.

@@ -1,6 +1,6 @@
 """Throughput of one machine, as tables: the encoder, whole training steps, the loader, or all three.
 
-python benchmarks/throughput.py model   the video encoder, forward and backward
+python benchmarks/throughput.py model   the video encoder, forward and backward; [--alone]
 python benchmarks/throughput.py step    whole steps; [--ablate | --alone | --fp8 | --profile N]
 python benchmarks/throughput.py loader  the loader and its stages; [--videos TAR ...]
 python benchmarks/throughput.py all     the three of them; [--report PAGE.html [--micro MICRO.json]]
@@ -56,7 +56,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def time_model(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
     """Rows of the encoder."""
-    rows = model_speed.measure_encoder(config, settings.batch, options.batches, _device())
+    alone = options.alone and options.what == "model"
+    rows = model_speed.measure_encoder(config, settings.batch, options.batches, _device(), alone=alone)
     print(model_speed.table(rows))
     return [asdict(row) for row in rows]
 
@@ -221,7 +222,7 @@ def main() -> int:
     )
     parser.add_argument("--saves", type=int, default=4, help="saves: so many among the --batches steps")
     beside = parser.add_mutually_exclusive_group()
-    beside.add_argument("--alone", action="store_true", help="step: nothing beside it")
+    beside.add_argument("--alone", action="store_true", help="step, model: nothing beside it")
     beside.add_argument("--ablate", action="store_true", help="step: each optimisation switched off in turn")
     beside.add_argument(
         "--fp8",

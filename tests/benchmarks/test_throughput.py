@@ -173,6 +173,9 @@ def test_the_encoder_alone(root, monkeypatch):
         assert row["clips_per_second"] == pytest.approx(4000 / row["milliseconds"])
         assert row["tflops_per_second"] > 0 and row["mfu"] is row["joules_per_clip"] is None
 
+    _, rows = call(root, "model", "--alone")
+    assert [row["name"] for row in rows] == ["as configured"]
+
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import model_speed
 
