@@ -25,7 +25,8 @@ class Row:
     """Medians over a run's log after the warm-up; `ratio` is its clips/s against those of the first row.
 
     `alone`: clips/s of each of its GPUs in a run of its own, all at the same time. What those lose against
-    the first row is the cards' and the host's, what the row loses against them is the ranks' waiting.
+    a first row of one GPU is the cards' and the host's; what the row loses against the slowest of them is
+    communication, and waiting for whichever is slower at the moment.
     """
 
     gpus: int

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from miles_fast.kernels.biased_gelu import biased_gelu, gelu_backward
 from miles_fast.kernels.dispatch import for_bulk_copies, quack_for, runs_triton
-from miles_fast.kernels.linear import product
+from miles_fast.kernels.linear import check_residual, product
 from miles_fast.kernels.linear_gelu import linear_gelu, takes
 
 
@@ -99,7 +99,10 @@ def mlp(
     One kernel a product and its GELU for bfloat16 and float16 on Hopper GPUs and later (or under
     TRITON_INTERPRET=1) from 256 hidden numbers, 64 in and 128 rows on: by quack where it is installed, else
     by Triton. On other GPUs, and in float32, the products and `biased_gelu`; else the reference.
+
+    Raises ValueError for a residual of another dtype than x.
     """
+    check_residual(x, second_bias_K, residual)
     inputs = x, first_DK, first_bias_D, second_KD, second_bias_K, residual
     if runs_triton(x) and takes(x, first_DK):
         return _Mlp.apply(*inputs, torch.is_grad_enabled())

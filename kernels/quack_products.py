@@ -116,6 +116,7 @@ def product(
     """
     options = {"config": LAUNCH_PRODUCT, "tuned": False}
     if bias_N is None:
+        assert residual_MN is None
         return _product(x_MK, weight_KN, **options)["D"]
     if residual_MN is None:
         return _product_and_bias(x_MK, weight_KN, bias=bias_N[None], **options)["D"]

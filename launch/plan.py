@@ -1,8 +1,8 @@
 """What N GPUs will take, from a measured one: python launch/plan.py --measured 1=RUN/log.jsonl
 
 A measurement is a run's log.jsonl, or the --json of benchmarks/throughput.py scaling (or step, of one GPU),
-with the same --config and --ds_config. From the first further one (2=FILE) comes how long ranks wait for the
-slowest; others are compared with what is predicted for them.
+with the same --config and --ds_config. From the smallest further one (2=FILE) comes how long ranks wait for
+the slowest; others are compared with what is predicted for them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main() -> None:
         spread = rank_spread(predict(several), measured[several])
         print(f"ranks' steps differ by {1000 * spread:.1f} ms (standard deviation), from {several} GPUs")
     for gpus in sorted({*options.gpus, *measured}):
-        print(_row(predict(gpus, spread=spread), measured.get(gpus) if gpus > 1 else None))
+        seen = measured.get(gpus) if gpus > 1 else None
+        print(_row(predict(gpus, spread=spread), seen, fitted=gpus == several))
 
 
 def _measurement(text: str, settings: EngineSettings, ds_config: str) -> tuple[int, Measured]:
@@ -97,7 +98,7 @@ def _measurement(text: str, settings: EngineSettings, ds_config: str) -> tuple[i
     return int(gpus), Measured(clips_per_second=speed, step_seconds=seconds, memory_gib=memory)
 
 
-def _row(found: Plan, seen: Measured | None) -> str:
+def _row(found: Plan, seen: Measured | None, *, fitted: bool) -> str:
     memory = "   ?" if found.memory_gib is None else f"{found.memory_gib:6.1f}"
     row = (
         f"{found.gpus:>5} GPUs  memory {memory} GiB (state {found.state_gib:5.1f})  sends "
@@ -106,8 +107,11 @@ def _row(found: Plan, seen: Measured | None) -> str:
         f"{found.clips_per_second:>10,.0f} clips/s  {100 * found.efficiency:5.1f} %"
     )
     if seen is not None:
-        row += f"  measured {seen.clips_per_second:,.0f} clips/s: predicted "
-        row += _error(found.clips_per_second, seen.clips_per_second)
+        row += f"  measured {seen.clips_per_second:,.0f} clips/s: "
+        if fitted:
+            row += "the waiting is taken from it"
+        else:
+            row += f"predicted {_error(found.clips_per_second, seen.clips_per_second)}"
         if found.memory_gib is not None and seen.memory_gib is not None:
             row += f", {seen.memory_gib:.1f} GiB: predicted {_error(found.memory_gib, seen.memory_gib)}"
     return row

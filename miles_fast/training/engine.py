@@ -237,30 +237,32 @@ def measure_gradients_together(optimizer: Any) -> None:
     """Have ZeRO 1 and 2 find what is not finite, and the norm, in a few launches.
 
     DeepSpeed does so gradient by gradient, twenty launches for each of three hundred, while the GPU waits.
-    BF16_Optimizer has `use_flat_gradients`.
+    Its norm is of float64, this one of float32. BF16_Optimizer has `use_flat_gradients`.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or optimizer.has_moe_layers:
         return
 
-    def norms(gradients: Iterable[Tensor | None], order: float) -> Tensor:
-        there = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
-        found = torch._foreach_norm(there, order, torch.float32)
-        return torch.stack([torch.zeros((), device=optimizer.device), *found])
-
     def has_overflow_partitioned_grads_serial() -> Tensor:
         groups = range(len(optimizer.bit16_groups))
         gradients = itertools.chain.from_iterable(optimizer.averaged_gradients[group] for group in groups)
-        return ~norms(gradients, math.inf).isfinite().all()[None]
+        return ~joined_norms(gradients, math.inf, optimizer.device).isfinite().all()[None]
 
     def get_grad_norm_direct(gradients: list[Tensor], params: list[Tensor]) -> Tensor:
-        squared = norms(gradients, 2).square().sum()
+        squared = joined_norms(gradients, 2, optimizer.device).square().sum()
         torch.distributed.all_reduce(squared, group=optimizer.dp_process_group)
         return torch.where(squared.isfinite(), squared.sqrt(), -1.0)  # what DeepSpeed makes of it, too
 
     optimizer.has_overflow_partitioned_grads_serial = has_overflow_partitioned_grads_serial
     optimizer.get_grad_norm_direct = get_grad_norm_direct
+
+
+def joined_norms(gradients: Iterable[Tensor | None], order: float, device: torch.device | str) -> Tensor:
+    """Norms in float32 of what is there and not empty, not finite where that is not, and a zero."""
+    there = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
+    found = torch._foreach_norm(there, order, torch.float32) if there else ()
+    return torch.stack([torch.zeros((), device=device), *found])
 
 
 def _skip_non_finite(optimizer: torch.optim.Optimizer) -> None:

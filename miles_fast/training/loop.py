@@ -27,7 +27,7 @@ from miles_fast.training.early_stopping import EarlyStopping, Verdict
 from miles_fast.training.engine import build_engine, gradient_norm, init_process_group, release_engine
 from miles_fast.training.graphs import capture_passes, sample_inputs
 from miles_fast.training.masks import draw_step_masks
-from miles_fast.training.memory_report import OutOfMemory, is_out_of_memory, memory_report
+from miles_fast.training.memory_report import OutOfMemory, memory_error, memory_report
 from miles_fast.training.meter import Meter
 from miles_fast.training.numerics import LossGuard, SkippedData, UpdateCheck, warn_of_collapse
 from miles_fast.training.objective import Losses
@@ -135,10 +135,11 @@ def pretrain(
             stop.listen()
             _train(training, first_step)
         except Exception as error:
-            if is_out_of_memory(error):
-                report = memory_report(error, objective, engine, snapshot, settings, device)
+            if (cause := memory_error(error)) is not None:
+                report = memory_report(cause, objective, engine, snapshot, settings, device)
                 raise OutOfMemory(report) from error
-            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            lost = isinstance(error, RuntimeError) and "gloo" in str(error)
+            if lost or isinstance(error, torch.distributed.DistError):
                 watchdog.await_verdict()
             raise
 

@@ -18,7 +18,8 @@ from miles_fast.training.snapshot import Snapshot
 # What torch, NCCL, Triton, quack, cuBLAS and DALI say: only torch has a type for it. Where torch holds
 # almost all memory, the others are the first to find none.
 _SAID = re.compile(
-    r"[Oo]ut of memory|OUT_OF_MEMORY|cudaErrorMemoryAllocation|ALLOC_FAILED"
+    r"[Oo]ut of memory|OUT_OF_MEMORY|cudaErrorMemoryAllocation|Failed to CUDA [a-z]*alloc"
+    r"|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"  # the latter of a handle for which there is no room
     r"|CUDA allocation failed|device allocator failed|Can't allocate \d+ bytes on device"
 )
 
@@ -27,13 +28,16 @@ class OutOfMemory(ValueError):
     """A device's memory did not suffice; the message says what took it and which setting to lower."""
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Also where the error only followed from one, as at the end of a graph's capture that broke off."""
+def memory_error(error: BaseException | None) -> BaseException | None:
+    """The error that says that memory did not suffice: this one, or one that it only followed from.
+
+    As at the end of a graph's capture that broke off.
+    """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or _SAID.search(str(error)):
-            return True
+            return error
         error = error.__context__
-    return False
+    return None
 
 
 def memory_report(

@@ -106,7 +106,9 @@ NO_MEMORY = (
     QuackError("DSLCudaRuntimeError: CUDA_ERROR_OUT_OF_MEMORY (error code: 2)"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    torch.distributed.DistBackendError("NCCL error: unhandled cuda error. Cuda failure 2 'out of memory'"),
+    torch.distributed.DistBackendError(
+        "unhandled cuda error\nLast error:\nFailed to CUDA calloc 8388608 bytes"
+    ),
     MemoryError("CUDA allocation failed"),
 )
 
@@ -132,8 +134,8 @@ def test_memory_that_does_not_suffice_is_reported(root, tmp_path, monkeypatch, f
     with pytest.raises(OutOfMemory) as caught:
         loop.pretrain(config, settings)
     text = str(caught.value)
-    assert where == "Saver" or f"rank 0 ran out of memory.\n{error}\n" in text
-    assert "rank 0 ran out of memory" in text and "optimizer moments" in text and "snapshot" in text
+    assert f"rank 0 ran out of memory.\n{' '.join(str(error).split())}\n" in text
+    assert "optimizer moments" in text and "snapshot" in text
     assert "train_micro_batch_size_per_gpu 4 -> 2 with gradient_accumulation_steps 1 -> 2" in text
     assert "zero_optimization.stage 1 -> 2" in text
     finding("F9", "out of memory: a table by use and the settings to lower, in order")

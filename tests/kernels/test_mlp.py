@@ -148,6 +148,12 @@ def test_registered_ops_are_sound(backend):
     torch.library.opcheck(torch.ops.miles_fast.product_gelu_backward.default, (x, second, hidden))
 
 
+def test_a_residual_has_the_dtype_of_x():
+    x, *others = leaves(M=6)
+    with pytest.raises(ValueError, match="the dtype of x, torch.float16, got a bias and torch.float32"):
+        mlp(x, *others, x.float())
+
+
 @pytest.mark.parametrize("compiler", ("eager", "aot_eager"))
 def test_traces_as_one_graph(compiler, backend):
     inputs = [leaf.requires_grad_() for leaf in leaves()]

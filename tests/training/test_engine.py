@@ -1,5 +1,6 @@
 """DeepSpeed's optimizers with gradients taken together, against their own way; rates of parameter groups."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,13 @@ from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training import engine as engine_module
 from miles_fast.training.checkpoint import model_folder
 from miles_fast.training.ds_config import check_ds_config
-from miles_fast.training.engine import build_engine, init_process_group, parameter_groups, release_engine
+from miles_fast.training.engine import (
+    build_engine,
+    init_process_group,
+    joined_norms,
+    parameter_groups,
+    release_engine,
+)
 from miles_fast.training.loop import pretrain
 from miles_fast.training.progress import read_log
 
@@ -85,6 +92,22 @@ def test_gradients_measured_together_train_as_deepspeed_does(root, monkeypatch, 
     assert norms == pytest.approx(own_norms, rel=1e-6) and max(norms) > 0.05
     for one, two in zip(masters, own_masters, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_say_what_is_not_finite(device, dtype):
+    gradients = [None, torch.empty(0), torch.randn(70_000), torch.full((3,), -2.0), torch.randn(5, 7)]
+    gradients = [None if one is None else one.to(device, dtype) for one in gradients]
+    for order in (2, math.inf):
+        found = joined_norms(gradients, order, device)
+        expected = [0.0, *(torch.linalg.vector_norm(one.double(), order).item() for one in gradients[2:])]
+        assert found.dtype == torch.float32 and found.tolist() == pytest.approx(expected, rel=1e-5)
+        for what in ("nan", "inf", "-inf"):
+            spoiled = gradients[2].clone()
+            spoiled[69_990] = float(what)
+            assert not joined_norms([*gradients, spoiled], order, device).isfinite().all()
+    assert joined_norms([None], 2, device).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("what", ["nan", "inf", "-inf"])
