@@ -111,7 +111,8 @@ class Row:
     """Medians over a run's log after the warm-up; what this machine cannot tell is None.
 
     `batch` is smaller than configured where that did not fit the GPU's memory. `start_seconds` are those from
-    the process' start to the end of its first step: of what was measured first in a process.
+    the process' start to the end of its first step, `start_phases` their parts: of what was measured first in
+    a process.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Row:
     joules_per_clip: float | None
     megahertz: float | None
     start_seconds: float | None
+    start_phases: dict[str, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +177,7 @@ def _ran_out(error: BaseException | None) -> bool:
 
 def _measure(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row:
     records, meter = train_variant(variant, experiment, log_every=5)
-    start_seconds = records[0].get("start_seconds") if fresh else None
+    start = {name: records[0].get(name) if fresh else None for name in ("start_seconds", "start_phases")}
     records = [record for record in records if record["step"] > WARMUP]
     names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds", "mfu", "memory_gib")
     medians = {
@@ -191,7 +193,7 @@ def _measure(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row:
         batch=batch,
         joules_per_clip=None if meter.joules_per_batch is None else meter.joules_per_batch / batch,
         megahertz=meter.megahertz,
-        start_seconds=start_seconds,
+        **start,
         **medians,
     )
 

@@ -155,6 +155,7 @@ def test_step_and_its_parts(root):
         assert row["tflops_per_second"] == pytest.approx(row["clips_per_second"] * flops / 1e12)
     started, *others = (row["start_seconds"] for row in rows)
     assert 0 < started < time.time() - called and others == [None] * 3
+    assert 0 < rows[0]["start_phases"]["building the engine"] < started and rows[1]["start_phases"] is None
     assert f"{rows[2]['clips_per_second']:.2f}" in printed and f"{started:.2f}" in printed
     page = (root / "step.html").read_text()
     assert f"{rows[1]['clips_per_second']:,.1f}" in page and "Training step" in page

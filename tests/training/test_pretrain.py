@@ -88,6 +88,9 @@ def test_views_train_and_the_log_holds_the_figures(root, tmp_path, view):
     config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 4}, method=method)
     log = train(config, stage=1)
     assert [record["step"] for record in log] == [1, 2, 3, 4]
+    phases = log[0]["start_phases"]
+    assert {"building the engine", "computing step 1"} <= phases.keys() and min(phases.values()) >= 0
+    assert 0 < sum(phases.values()) < log[0]["start_seconds"] and "start_phases" not in log[1]
     for record in log:
         assert np.isfinite([record[k] for k in ("loss", "gradient_norm", "clips_per_second")]).all()
         if view == "none":
