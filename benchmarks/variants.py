@@ -27,7 +27,7 @@ from miles_fast.distributed import logger
 from miles_fast.models.flops import training_flops
 from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.loop import pretrain
-from miles_fast.training.memory_report import OutOfMemory
+from miles_fast.training.memory_report import memory_error
 from miles_fast.training.progress import read_log
 from miles_fast.training.signals import Stopped
 
@@ -161,18 +161,11 @@ def _measure_fitting(variant: Variant, experiment: Experiment, *, fresh: bool) -
         except Stopped:
             raise
         except Exception as error:
-            if batch == 1 or not _ran_out(error):
+            if batch == 1 or memory_error(error) is None:
                 logger.error("%s, batch %d", variant.name, batch, exc_info=True)
                 return Failure(name=variant.name, batch=batch, error=f"{type(error).__name__}: {error}")
         # Behind the except clause, whose traceback holds the step's tensors.
         experiment.ds_tree["train_micro_batch_size_per_gpu"], fresh = batch // 2, False
-
-
-def _ran_out(error: BaseException | None) -> bool:
-    """Whether memory is at the root of it: a CUDA graph's capture that ran out ends in another error."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError | OutOfMemory):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _measure(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row:
