@@ -235,7 +235,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 record = meter.record(losses, norm, engine, t.loader.quarantine)
                 record["skipped_steps"] = t.left_out.total
                 if t.log.is_empty:
-                    record |= {"start_seconds": process_seconds(), "start_phases": t.watchdog.start_phases()}
+                    record |= {"start_seconds": process_seconds(), "start_phases": t.watchdog.start_phases}
                 t.log.write(step, record, show=("loss", "clips_per_second"))
                 if snapshot is not None:
                     warn_of_collapse(record["target_std"], run)

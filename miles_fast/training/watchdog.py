@@ -35,7 +35,8 @@ class Watchdog:
         self._limit = hang_seconds
         self._interval = min(5.0, hang_seconds / 10)
         self._progress, self._doing, self._state = 0, "starting", _STARTING
-        self._reported = [("starting", time.monotonic())]  # until the first step is done
+        self.start_phases: dict[str, float] = {}  # seconds of what was reported until the first step was done
+        self._phase_began = time.monotonic()
         self._looks = 0
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -56,21 +57,22 @@ class Watchdog:
 
     def report(self, doing: str) -> None:
         """The training thread goes on to `doing`; it does not wait."""
+        if self._state == _STARTING:
+            self._end_phase()
         self._progress += 1
         self._doing = doing
-        if self._state == _STARTING:
-            self._reported.append((doing, time.monotonic()))
 
     def started(self) -> None:
         """The first step is done: from now on nothing may take longer than the limit."""
         if self._state == _STARTING:
+            self._end_phase()
             self._state = _GOING
-            self._reported.append(("", time.monotonic()))
 
-    def start_phases(self) -> dict[str, float]:
-        """Seconds of what was reported until the first step was done."""
-        pairs = itertools.pairwise(self._reported)
-        return {doing: later - began for (doing, began), (_, later) in pairs}
+    def _end_phase(self) -> None:
+        now = time.monotonic()
+        before = self.start_phases.get(self._doing, 0.0)  # every micro step reports the same
+        self.start_phases[self._doing] = before + now - self._phase_began
+        self._phase_began = now
 
     def close(self) -> None:
         """Stop watching."""
