@@ -56,18 +56,17 @@ def measure_scaling(
     options = (*options, f"run.steps={steps}", f"run.save_every={steps}", "run.log_every=5")
     rows: list[Row] = []
     for count in counts:
-        ((medians, memory),) = _train([range(count)], options)
-        first = rows[0].clips_per_second if rows else medians["clips_per_second"]
-        ratio = medians["clips_per_second"] / first
-        alone = None
+        (figures,) = _train([range(count)], options)
+        speed, alone = figures["clips_per_second"], None
         if singles and count > 1:
-            alone = [one["clips_per_second"] for one, _ in _train([[gpu] for gpu in range(count)], options)]
-        rows.append(Row(gpus=count, ratio=ratio, memory_gib=memory, alone=alone, **medians))
+            alone = [one["clips_per_second"] for one in _train([[gpu] for gpu in range(count)], options)]
+        ratio = speed / rows[0].clips_per_second if rows else 1.0
+        rows.append(Row(gpus=count, ratio=ratio, alone=alone, **figures))
     return rows
 
 
-def _train(runs: Sequence[Sequence[int]], options: Sequence[str]) -> list[tuple[dict[str, float], Any]]:
-    """One run on each of these sets of GPUs, all at the same time: medians of its log, and its memory."""
+def _train(runs: Sequence[Sequence[int]], options: Sequence[str]) -> list[dict[str, Any]]:
+    """One run on each of these sets of GPUs, all at the same time: what `Row` holds of its log."""
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder) / str(number) for number in range(len(runs))]
         begun = [
@@ -75,13 +74,14 @@ def _train(runs: Sequence[Sequence[int]], options: Sequence[str]) -> list[tuple[
         ]
         if codes := [code for code in [run.wait() for run in begun] if code]:
             sys.exit(codes[0])
-        return [_medians([r for r in read_log(run) if "loss" in r and r["step"] > WARMUP]) for run in folders]
+        return [_figures(run) for run in folders]
 
 
-def _medians(records: list[dict[str, Any]]) -> tuple[dict[str, float], Any]:
+def _figures(run: Path) -> dict[str, Any]:
+    records = [r for r in read_log(run) if "loss" in r and r["step"] > WARMUP]
     names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds")
     medians = {name: statistics.median(record[name] for record in records) for name in names}
-    return medians, records[-1].get("memory_gib")
+    return medians | {"memory_gib": records[-1].get("memory_gib")}
 
 
 def _launch(gpus: Sequence[int], *options: str) -> subprocess.Popen[bytes]:

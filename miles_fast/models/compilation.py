@@ -27,8 +27,8 @@ def inductor_within(memory_budget: float) -> str | Callable:
     return backend
 
 
-# A layer has a graph for each of: first or not, last or not, student or snapshot, frozen or behind what is,
-# and the predictor's. Beyond this many torch would run it uncompiled.
+# A layer has a graph for each of: last or not, student or snapshot, frozen or behind what is, and the
+# predictor's. Beyond this many torch would run it uncompiled.
 _GRAPHS = 32
 
 

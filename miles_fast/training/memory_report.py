@@ -84,6 +84,5 @@ def memory_report(
     advice.append("run.activation_memory_budget, with run.compile: true (0.3, say: recomputes the rest)")
     advice.append("data.frames_per_clip, or method.view = D, which drops the masked patches")
     cause = textwrap.shorten(str(error), 300)
-    return f"rank {rank()} ran out of memory.\n{cause}\n{table}\nLower, in this order:\n  " + "\n  ".join(
-        advice
-    )
+    lines = (f"rank {rank()} ran out of memory.", cause, table, "Lower, in this order:")
+    return "\n".join(lines) + "\n  " + "\n  ".join(advice)

@@ -157,7 +157,7 @@ def plan(
     """Predict `gpus` GPUs from `measured`, which is of one.
 
     `hidden` is the share of the reduction of gradients and gathering of weights that the passes hide (0 at
-    ZeRO 0 and 1, which reduce after them), `spread` that of `rank_spread`.
+    ZeRO 0 and 1, which reduce after them), `spread` is what `rank_spread` finds.
     """
     alone, state = state_bytes(sizes, settings, 1), state_bytes(sizes, settings, gpus)
     memory = None
