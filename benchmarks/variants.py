@@ -42,10 +42,10 @@ class Variant:
     plain_ops: tuple[str, ...] = ()
 
 
-# mlp decides for biased_gelu too, and where it is not fp8 for linear_gelu.
+# mlp decides for biased_gelu too, and where it is not fp8 for linear_gelu; linear_gelu and linear for fp8.
 PLAIN_OPS = (
     *("token_gather", "feature_regression", "residual_norm"),
-    *("linear", "linear_gelu", "mlp", "fp8_mlp"),
+    *("linear", "linear_gelu", "mlp"),
 )
 _EAGER = (
     "run.compile=false",
@@ -74,7 +74,7 @@ ABLATIONS = (
     Variant(name="token gather in plain torch", plain_ops=("token_gather",)),
     Variant(name="feature regression in plain torch", plain_ops=("feature_regression",)),
     Variant(name="LayerNorm's gradient in plain torch", plain_ops=("residual_norm",)),
-    Variant(name="MLP by cuBLAS, GELU behind", plain_ops=("linear_gelu", "mlp", "fp8_mlp")),
+    Variant(name="MLP by cuBLAS, GELU behind", plain_ops=("linear_gelu", "mlp")),
     Variant(name="linear layers by cuBLAS", plain_ops=("linear",)),
     Variant(name="unfused AdamW", ds={"optimizer": {"params": {"fused": False}}}),
     Variant(name="gradients summed in DeepSpeed's default dtype", ds={"data_types": {}}),

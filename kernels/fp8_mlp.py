@@ -1,6 +1,7 @@
 """fp8_mlp: two linear layers around an exact GELU, whose products are of 8-bit floats.
 
-    hidden = fp8_linear(x, first) + first_bias,   out = fp8_linear(gelu(hidden), second) + second_bias
+    hidden = fp8_linear(x, first) + first_bias
+    out = fp8_linear(gelu(hidden), second) + second_bias (+ residual)
 
 but for the scales of gelu(hidden), which its product's kernel must know before it has seen a row of it:
 
@@ -23,8 +24,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from miles_fast.kernels.biased_gelu import gelu_backward
-from miles_fast.kernels.dispatch import runs_triton
 from miles_fast.kernels.fp8_linear import (
     LARGEST,
     TINY,
@@ -34,8 +33,8 @@ from miles_fast.kernels.fp8_linear import (
     rounded_product,
     scaled_product,
 )
-from miles_fast.kernels.linear import product
 from miles_fast.kernels.linear_gelu import scaled_linear_gelu, takes_scaled
+from miles_fast.kernels.mlp import Mlp
 
 _ROUNDED = 1.14  # (1 + 2^-4)^2, by which e4m3 can lengthen two numbers' product, and float32's own errors
 
@@ -58,46 +57,27 @@ def fp8_mlp_reference(
     active = F.gelu(fp8_linear_reference(x, first_DK, first_bias_D))
     scale = hidden_scales(x, first_DK, first_bias_D)
     active8 = (active.float() / scale).to(torch.float8_e4m3fn)
-    return rounded_product(active8, scale, second_KD, second_bias_K, x.dtype)
+    return rounded_product(active8, scale, *quantized_rows(second_KD), second_bias_K, x.dtype)
 
 
-class _Fp8Mlp(torch.autograd.Function):
+class _Fp8Mlp(Mlp):
     @staticmethod
-    def forward(ctx, x, first_DK, first_bias_D, second_KD, second_bias_K, keep):
+    def forward(ctx, x, first_DK, first_bias_D, second_KD, second_bias_K, residual, keep):
         x_MK = x.flatten(0, -2)
-        x8, scale_x = quantized_rows(x_MK)
+        (x8, scale_x), (first8, scale_first) = quantized_rows(x_MK), quantized_rows(first_DK)
         scale = hidden_scales(x_MK, first_DK, first_bias_D)
         if takes_scaled(x_MK, first_DK):
-            first8, scale_first = quantized_rows(first_DK)
             active8, hidden_MD = scaled_linear_gelu(
                 *(x8, first8, first_bias_D, scale_x[:, 0], scale_first[:, 0], scale[:, 0]), keep
             )
         else:
-            hidden_MD = scaled_product(x8, scale_x, first_DK, first_bias_D, x.dtype)
+            hidden_MD = scaled_product(x8, scale_x, first8, scale_first, first_bias_D, None, x.dtype)
             active8 = (F.gelu(hidden_MD).float() / scale).to(torch.float8_e4m3fn)
         ctx.save_for_backward(x_MK, first_DK, second_KD, hidden_MD)
         ctx.bias_dtypes = first_bias_D.dtype, second_bias_K.dtype
-        return scaled_product(active8, scale, second_KD, second_bias_K, x.dtype).view(x.shape)
-
-    @staticmethod
-    def backward(ctx, d_out):
-        x_MK, first_DK, second_KD, hidden_MD = ctx.saved_tensors
-        d_out_MK = d_out.flatten(0, -2)
-        d_active_MD = product(d_out_MK, second_KD, None, False, None)
-        if runs_triton(hidden_MD):
-            d_hidden_MD, d_first_bias_D, active_MD = gelu_backward(d_active_MD, hidden_MD, True)
-        else:
-            d_hidden_MD = torch.ops.aten.gelu_backward(d_active_MD, hidden_MD)
-            d_first_bias_D, active_MD = d_hidden_MD.sum(0), F.gelu(hidden_MD)
-        of_first, of_second = ctx.bias_dtypes
-        return (
-            product(d_hidden_MD, first_DK, None, False, None).view(d_out.shape),
-            d_hidden_MD.t() @ x_MK,
-            d_first_bias_D.to(of_first),
-            d_out_MK.t() @ active_MD,
-            d_out_MK.sum(0).to(of_second),
-            None,
-        )
+        residual_MK = None if residual is None else residual.flatten(0, -2)
+        eights = active8, scale, *quantized_rows(second_KD)
+        return scaled_product(*eights, second_bias_K, residual_MK, x.dtype).view(x.shape)
 
 
 def fp8_mlp(
@@ -106,8 +86,11 @@ def fp8_mlp(
     first_bias_D: torch.Tensor,
     second_KD: torch.Tensor,
     second_bias_K: torch.Tensor,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """second gelu(first x + first_bias) + second_bias, (..., K) to (..., K); K and D multiples of 16.
+    """second gelu(first x + first_bias) + second_bias, (..., K) to (..., K), or residual (..., K) + that.
+
+    K and D are multiples of 16.
 
     bfloat16 on Hopper GPUs and later (or under TRITON_INTERPRET=1): the first product, GELU and the rounding
     of its output are one kernel from 256 hidden numbers, 128 in and 128 rows on. Else plain torch.
@@ -115,4 +98,5 @@ def fp8_mlp(
     Raises ValueError where on a GPU x and the weights are not bfloat16.
     """
     check_halves(x, first_DK)
-    return _Fp8Mlp.apply(x, first_DK, first_bias_D, second_KD, second_bias_K, torch.is_grad_enabled())
+    inputs = x, first_DK, first_bias_D, second_KD, second_bias_K, residual
+    return _Fp8Mlp.apply(*inputs, torch.is_grad_enabled())

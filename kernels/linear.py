@@ -14,6 +14,7 @@ Letters: M rows, K numbers in, D numbers out; in `product`, K are summed over an
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,18 @@ _LEAST_ROWS = 8192  # of fewer, such tiles leave multiprocessors without work
 def _takes_quack(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether quack is for products of x (..., K)."""
     halves = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return halves and has_quack(x) and math.prod(x.shape[:-1]) >= _LEAST_ROWS  # rows last: an export's vary
+    return halves and _fills(x)
+
+
+def _fills(x: torch.Tensor) -> bool:
+    return has_quack(x) and math.prod(x.shape[:-1]) >= _LEAST_ROWS  # rows last: an export's vary
+
+
+def products_for(x_MK: torch.Tensor, N: int) -> ModuleType | None:
+    """kernels/quack_products.py where it is for a product of x to (M, N), of halves or 8-bit floats."""
+    products = quack_for(x_MK) if _fills(x_MK) else None
+    whole = x_MK.shape[1] * x_MK.element_size() % 16 == 0
+    return products if products and whole and N % products.PRODUCT_COLUMNS == 0 else None
 
 
 @torch.library.custom_op(
@@ -40,9 +52,8 @@ def product(x_MK, weight, bias_N, transposed, residual_MN):
 
     Added to a residual of the same dtype, if there is one; with a bias.
     """
-    N, K = weight.shape if transposed else weight.shape[::-1]
-    products = quack_for(x_MK) if _takes_quack(x_MK, weight) else None
-    if products and K % 8 == 0 and N % products.PRODUCT_COLUMNS == 0:
+    N = weight.shape[0 if transposed else 1]
+    if _takes_quack(x_MK, weight) and (products := products_for(x_MK, N)):
         x_MK, weight = for_bulk_copies(x_MK), for_bulk_copies(weight)
         bias_N = None if bias_N is None else for_bulk_copies(bias_N.to(x_MK.dtype))
         residual_MN = None if residual_MN is None else for_bulk_copies(residual_MN)
@@ -70,7 +81,9 @@ def check_residual(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.T
         )
 
 
-class _Linear(torch.autograd.Function):
+class Linear(torch.autograd.Function):
+    """The layer; of kernels/fp8_linear.py's the gradients too."""
+
     @staticmethod
     def forward(ctx, x, weight_DK, bias_D, residual):
         ctx.save_for_backward(x, weight_DK)
@@ -105,6 +118,6 @@ def linear(
     """
     check_residual(x, bias_D, residual)
     if _takes_quack(x, weight_DK):
-        return _Linear.apply(x, weight_DK, bias_D, residual)
+        return Linear.apply(x, weight_DK, bias_D, residual)
     out = F.linear(x, weight_DK, bias_D)
     return out if residual is None else residual + out

@@ -180,8 +180,12 @@ def scaled_linear_gelu(x_MK, weight_DK, bias_D, x_scale_M, weight_scale_D, out_s
     """(e4m3 of gelu(hidden) / out_scale, hidden in the bias' dtype or nothing): both of (M, D), no history.
 
     hidden = x_scale weight_scale (x weight^T) + bias of e4m3 numbers. Only where `takes_scaled` says so.
+    By quack on a Hopper GPU where it is installed, else by Triton, which rounds hidden before its GELU.
     """
-    scales = tuple(scale.contiguous() for scale in (x_scale_M, weight_scale_D, out_scale_M))
+    scales = tuple(map(for_bulk_copies, (x_scale_M, weight_scale_D, out_scale_M)))
+    if products := quack_for(x_MK):
+        inputs = map(for_bulk_copies, (x_MK, weight_DK, bias_D))
+        return products.scaled_linear_gelu(*inputs, *scales, keep)
     return _run(x_MK, weight_DK, bias_D, scales, keep, LAUNCH_SCALED)
 
 

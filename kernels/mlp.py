@@ -39,19 +39,24 @@ def mlp_reference(
 @torch.library.custom_op(
     "miles_fast::product_gelu_backward",
     mutates_args=(),
-    schema="(Tensor d_out_MK, Tensor second_KD, Tensor hidden_MD) -> (Tensor, Tensor)",
+    schema="(Tensor d_out_MK, Tensor second_KD, Tensor hidden_MD, bool again) -> (Tensor, Tensor, Tensor)",
 )
-def _product_gelu_backward(d_out_MK, second_KD, hidden_MD):
-    """Gradients of hidden (M, D) and of the first bias (D), float32."""
-    if products := quack_for(hidden_MD):
-        return products.gelu_gradient(*map(for_bulk_copies, (d_out_MK, second_KD, hidden_MD)))
-    d_hidden_MD, d_bias_D, _ = gelu_backward(d_out_MK @ second_KD, hidden_MD, False)
-    return d_hidden_MD, d_bias_D
+def _product_gelu_backward(d_out_MK, second_KD, hidden_MD, again):
+    """Gradients of hidden (M, D) and of the first bias (D), float32; `again` gelu(hidden), else nothing."""
+    if not runs_triton(hidden_MD):
+        d_hidden_MD = torch.ops.aten.gelu_backward(d_out_MK @ second_KD, hidden_MD)
+        active_MD = F.gelu(hidden_MD) if again else hidden_MD.new_empty(0)
+        return d_hidden_MD, d_hidden_MD.sum(0, dtype=torch.float32), active_MD
+    if takes(d_out_MK, second_KD.t()) and (products := quack_for(hidden_MD)):
+        return products.gelu_gradient(*map(for_bulk_copies, (d_out_MK, second_KD, hidden_MD)), again)
+    return gelu_backward(d_out_MK @ second_KD, hidden_MD, again)
 
 
 @_product_gelu_backward.register_fake
-def _(d_out_MK, second_KD, hidden_MD):
-    return torch.empty_like(hidden_MD), hidden_MD.new_empty(hidden_MD.shape[1:], dtype=torch.float32)
+def _(d_out_MK, second_KD, hidden_MD, again):
+    shape = hidden_MD.shape
+    d_bias_D = hidden_MD.new_empty(shape[1:], dtype=torch.float32)
+    return hidden_MD.new_empty(shape), d_bias_D, hidden_MD.new_empty(shape if again else 0)
 
 
 @register_flop_formula(torch.ops.miles_fast.product_gelu_backward)
@@ -59,7 +64,9 @@ def _(d_out_shape, second_shape, *_, **__):
     return 2 * d_out_shape[0] * second_shape[0] * second_shape[1]
 
 
-class _Mlp(torch.autograd.Function):
+class Mlp(torch.autograd.Function):
+    """The layers; of kernels/fp8_mlp.py's, which keep no `active`, the gradients too."""
+
     @staticmethod
     def forward(ctx, x, first_DK, first_bias_D, second_KD, second_bias_K, residual, keep):
         x_MK = x.flatten(0, -2)
@@ -71,16 +78,17 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out):
-        x_MK, first_DK, second_KD, hidden_MD, active_MD = ctx.saved_tensors
+        x_MK, first_DK, second_KD, hidden_MD, *kept = ctx.saved_tensors
         d_out_MK, needed = d_out.flatten(0, -2), ctx.needs_input_grad
         of_first, of_second = ctx.bias_dtypes
         d_x = d_first_DK = d_first_bias_D = None
-        if any(needed[:3]):
-            d_hidden_MD, d_first_bias_D = _product_gelu_backward(d_out_MK, second_KD, hidden_MD)
+        again = needed[3] and not kept
+        if any(needed[:3]) or again:
+            d_hidden_MD, d_first_bias_D, *made = _product_gelu_backward(d_out_MK, second_KD, hidden_MD, again)
             d_first_bias_D = d_first_bias_D.to(of_first)
             d_x = product(d_hidden_MD, first_DK, None, False, None).view(d_out.shape) if needed[0] else None
             d_first_DK = d_hidden_MD.t() @ x_MK if needed[1] else None
-        d_second_KD = d_out_MK.t() @ active_MD if needed[3] else None
+        d_second_KD = d_out_MK.t() @ (kept or made)[0] if needed[3] else None
         d_second_bias_K = d_out_MK.sum(0).to(of_second) if needed[4] else None
         d_residual = d_out if needed[5] else None
         return d_x, d_first_DK, d_first_bias_D, d_second_KD, d_second_bias_K, d_residual, None
@@ -105,7 +113,7 @@ def mlp(
     check_residual(x, second_bias_K, residual)
     inputs = x, first_DK, first_bias_D, second_KD, second_bias_K, residual
     if runs_triton(x) and takes(x, first_DK):
-        return _Mlp.apply(*inputs, torch.is_grad_enabled())
+        return Mlp.apply(*inputs, torch.is_grad_enabled())
     if x.is_cuda and runs_triton(x):
         active = biased_gelu(F.linear(x, first_DK, first_bias_D.detach()), first_bias_D)
         out = F.linear(active, second_KD, second_bias_K)

@@ -97,8 +97,8 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, residual: Tensor, *, bias_gets_gradient: bool = True) -> Tensor:
         """residual + the layers of x. `bias_gets_gradient`: fc2's, as in `DividedAttention.forward`."""
         bias = self.fc2.bias if bias_gets_gradient else self.fc2.bias.detach()
-        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, bias
-        return residual + fp8_mlp(x, *weights) if self.fp8 else mlp(x, *weights, residual)
+        compute = fp8_mlp if self.fp8 else mlp
+        return compute(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias, residual)
 
 
 class Block(nn.Module):

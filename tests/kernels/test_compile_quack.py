@@ -37,7 +37,15 @@ def _compile():
     quack_products.product(hidden, first, None, None)
     for keep in (False, True):
         quack_products.linear_gelu(x, first, bias, keep)
-    quack_products.gelu_gradient(x, first.T.contiguous(), hidden)
+        quack_products.gelu_gradient(x, first.T.contiguous(), hidden, keep)
+    eight = torch.float8_e4m3fn
+    x8, first8, hidden8 = x.to(eight), first.to(eight), hidden.to(eight)
+    rows, columns = torch.ones(len(x)), torch.ones(HIDDEN)
+    quack_products.scaled_product(x8, rows, first8, columns, bias, None)
+    second8 = first8.T.contiguous()
+    quack_products.scaled_product(hidden8, rows, second8, columns[:WIDTH], bias[:WIDTH], x)
+    for keep in (False, True):
+        quack_products.scaled_linear_gelu(x8, first8, bias, rows, columns, rows, keep)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("quack") is None, reason="needs quack-kernels")
@@ -48,7 +56,7 @@ def test_every_product_compiles_for_sm90_without_spills(tmp_path):
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = sorted(tmp_path.rglob("*.o"))
-    assert len(compiled) == 6
+    assert len(compiled) == 11
     for number, file in enumerate(compiled):
         held = file.read_bytes()
         cubin = tmp_path / f"{number}.cubin"

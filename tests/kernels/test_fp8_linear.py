@@ -4,10 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miles_fast.kernels.fp8_linear import fp8_linear, fp8_linear_reference, quantized_rows
+from miles_fast.kernels.dispatch import quack_for
+from miles_fast.kernels.fp8_linear import fp8_linear, fp8_linear_reference, quantized_rows, scaled_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+QUACK = quack_for(torch.empty(0, device=DEVICE))
+needs_quack = pytest.mark.skipif(not QUACK, reason="needs a Hopper GPU and quack-kernels")
 HALF = torch.bfloat16
+MANY = dict(K=192, N=384, rows=(8201,))  # quack's, where it is
 LAYERS = {"qkv": (768, 2304), "fc1": (768, 3072), "fc2": (3072, 768), "narrow": (16, 32)}
 
 
@@ -15,6 +19,10 @@ def leaves(K, N, rows=(3, 67), dtype=HALF, device=DEVICE):
     generator = torch.Generator().manual_seed(K + N)
     drawn = [torch.randn(*shape, generator=generator) for shape in ((*rows, K), (N, K), (N,))]
     return [tensor.to(device, dtype).requires_grad_() for tensor in drawn]
+
+
+def eights(x, weight):
+    return *quantized_rows(x.detach().flatten(0, -2)), *quantized_rows(weight.detach())
 
 
 def error(found, exact):
@@ -57,9 +65,21 @@ def test_rows_reach_the_largest_number_and_keep_their_own_scale():
 @pytest.mark.parametrize("dtype", [torch.float32, HALF] if DEVICE == "cpu" else [HALF])
 def test_gradients_are_the_linear_layers_own(dtype):
     inputs = leaves(48, 80, dtype=dtype)
-    d_out = torch.randn(3, 67, 80).to(DEVICE, dtype)
-    found, expected = (torch.autograd.grad(op(*inputs), inputs, d_out) for op in (fp8_linear, F.linear))
+    d_out, residual = (torch.randn(3, 67, 80).to(DEVICE, dtype) for _ in range(2))
+    inputs.append(residual.requires_grad_())
+    outputs = fp8_linear(*inputs), F.linear(*inputs[:3]) + residual
+    found, expected = (torch.autograd.grad(out, inputs, d_out) for out in outputs)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_is_added_to_a_residual(backend):
+    inputs = [tensor.detach() for tensor in leaves(**MANY)]
+    (M,), N = MANY["rows"], MANY["N"]
+    drawn = torch.randn(N, M + 1, generator=torch.Generator().manual_seed(0)).to(DEVICE, HALF)
+    misaligned = drawn.flatten()[1 : 1 + M * N].view(M, N)
+    for residual in (drawn[:, 1:].T, drawn.T[1:].contiguous(), misaligned):
+        expected = fp8_linear_reference(*(tensor.double() for tensor in inputs)) + residual.double()
+        assert error(fp8_linear(*inputs, residual), expected) < 1e-2
 
 
 def test_frozen_weights_get_no_gradient():
@@ -69,15 +89,16 @@ def test_frozen_weights_get_no_gradient():
     torch.testing.assert_close(found, weight.sum(0).expand_as(x), rtol=2e-2, atol=2e-2)
 
 
-def test_zeros_stay_zeros_and_what_is_not_finite_stays_so():
-    x, weight, bias = (tensor.detach() for tensor in leaves(32, 16, rows=(6,)))
+@pytest.mark.parametrize("sizes", [dict(K=32, N=16, rows=(6,)), MANY], ids=["few", "many"])
+def test_zeros_stay_zeros_and_what_is_not_finite_stays_so(sizes, backend):
+    x, weight, bias = (tensor.detach() for tensor in leaves(**sizes))
     x[0], x[1, 3], x[2, 5], x[3, 7] = 0, float("inf"), float("nan"), -float("inf")
     out = fp8_linear(x, weight, bias)
     assert torch.equal(out[0], bias)
     assert out[1:4].isfinite().sum() == 0 and out[4:].isfinite().all()
     weight[4, 0], weight[9] = float("nan"), 0
     out = fp8_linear(x[4:], weight, bias)
-    assert out[:, 4].isnan().all() and torch.equal(out[:, 9], bias[9].expand(2))
+    assert out[:, 4].isnan().all() and torch.equal(out[:, 9], bias[9].expand(len(out)))
     assert out[:, [0, 1, 5]].isfinite().all()
 
 
@@ -103,10 +124,64 @@ def test_traces_as_one_graph(backend):
         torch.testing.assert_close(ops[0](*inputs), layer(*inputs))
 
 
+@needs_quack
+def test_quack_takes_wide_products_of_many_rows_and_a_bias(monkeypatch):
+    taken = []
+
+    def watch(x8, *others):
+        taken.append(tuple(x8.shape))
+        return computed(x8, *others)
+
+    computed = QUACK.scaled_product
+    monkeypatch.setattr(QUACK, "scaled_product", watch)
+    fp8_linear(*leaves(**MANY))
+    fp8_linear(*leaves(**MANY)[:2])
+    fp8_linear(*leaves(**MANY | dict(rows=(100,))))
+    fp8_linear(*leaves(**MANY | dict(N=208)))
+    assert taken == [(8201, 192)]
+    monkeypatch.setattr("miles_fast.kernels.dispatch._QUACK", False)
+    fp8_linear(*leaves(**MANY))
+    assert len(taken) == 1
+
+
+@needs_quack
+def test_takes_tensors_that_lie_anywhere():
+    """DeepSpeed's flat buffers hold weights behind others of any size."""
+    x, weight, bias = (tensor.detach() for tensor in leaves(**MANY))
+    residual = torch.randn_like(F.linear(x, weight))
+    tensors = *eights(x, weight), bias, residual
+    moved = [tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor) for tensor in tensors]
+    assert all(tensor.data_ptr() % 16 for tensor in moved)
+    assert torch.equal(scaled_product(*tensors, HALF), scaled_product(*moved, HALF))
+
+
+@pytest.mark.parametrize("sizes", [dict(K=32, N=16, rows=(6,)), MANY], ids=["few", "many"])
+def test_registered_op_is_sound(sizes, backend):
+    x, weight, bias = leaves(**sizes)
+    residual = F.linear(x, weight).detach()
+    for more in ((bias.detach(), None), (None, None), (bias.detach(), residual)):
+        inputs = (*eights(x, weight), *more, HALF)
+        # Not its schema: torch cannot multiply 8-bit floats, which that check does to change them.
+        op = torch.ops.miles_fast.scaled_product.default
+        torch.library.opcheck(op, inputs, test_utils="test_faketensor")
+
+
+def test_products_are_counted():
+    """Of what is only estimated, a memory budget would choose to compute the products again."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counted = []
+    for op in (fp8_linear, F.linear):
+        with FlopCounterMode(display=False) as counter:
+            op(*leaves(32, 64)).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("K, N", LAYERS.values(), ids=LAYERS)
-def test_a_gpus_product_is_that_of_the_reference(K, N):
-    inputs = leaves(K, N, rows=(3, 785))
+def test_a_gpus_product_is_that_of_the_reference(K, N, backend):
+    inputs = leaves(K, N, rows=(11, 785))
     with torch.no_grad():
         expected = fp8_linear_reference(*(tensor.double() for tensor in inputs))
         # The output is rounded to bf16, and the tensor cores add with fewer bits than float32 has.

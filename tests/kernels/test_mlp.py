@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from miles_fast.kernels import cases, layer_cases
 from miles_fast.kernels import mlp as module
-from miles_fast.kernels.dispatch import INTERPRETED, has_quack
+from miles_fast.kernels.dispatch import INTERPRETED
 from miles_fast.kernels.mlp import mlp, mlp_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,16 +16,6 @@ def leaves(M=130, K=72, D=264, dtype=torch.float16, device=DEVICE):
     torch.manual_seed(0)
     shapes = ((M, K), (D, K), (D,), (K, D), (K,))
     return [torch.randn(*shape, device=device, dtype=dtype) / 4 for shape in shapes]
-
-
-@pytest.fixture(params=["quack", "triton"])
-def backend(request, monkeypatch):
-    """Each of the two that a Hopper GPU has."""
-    if request.param == "triton":
-        monkeypatch.setattr("miles_fast.kernels.dispatch._QUACK", False)
-    elif not has_quack(torch.empty(0, device=DEVICE)):
-        pytest.skip("needs a Hopper GPU and quack-kernels")
-    return request.param
 
 
 @pytest.mark.parametrize("case", layer_cases.MLP_SMALL, ids=lambda case: case.name)
@@ -145,7 +135,20 @@ def test_registered_ops_are_sound(backend):
     for keep in (False, True):
         torch.library.opcheck(torch.ops.miles_fast.linear_gelu.default, (x, first, bias, keep))
     _, hidden = module.linear_gelu(x, first, bias, True)
-    torch.library.opcheck(torch.ops.miles_fast.product_gelu_backward.default, (x, second, hidden))
+    for again in (False, True):
+        torch.library.opcheck(torch.ops.miles_fast.product_gelu_backward.default, (x, second, hidden, again))
+
+
+@needs_kernel
+def test_backward_computes_gelu_again_where_it_is_asked_to(backend):
+    x, first, bias, second, _ = leaves()
+    _, hidden = module.linear_gelu(x, first, bias, True)
+    differentiate = torch.ops.miles_fast.product_gelu_backward
+    *gradients, again = differentiate(x, second, hidden, True)
+    torch.testing.assert_close(again, F.gelu(hidden), rtol=2e-3, atol=1e-4)
+    *lean, nothing = differentiate(x, second, hidden, False)
+    assert not nothing.numel()
+    torch.testing.assert_close(lean, gradients, rtol=2e-3, atol=2e-3)
 
 
 def test_a_residual_has_the_dtype_of_x():
