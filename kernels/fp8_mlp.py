@@ -93,7 +93,8 @@ def fp8_mlp(
     K and D are multiples of 16.
 
     bfloat16 on Hopper GPUs and later (or under TRITON_INTERPRET=1): the first product, GELU and the rounding
-    of its output are one kernel from 256 hidden numbers, 128 in and 128 rows on. Else plain torch.
+    of its output are one kernel from 256 hidden numbers, 128 in and 128 rows on, by quack where it is
+    installed, else by Triton. Else plain torch. The second product is `fp8_linear`'s.
 
     Raises ValueError where on a GPU x and the weights are not bfloat16.
     """
