@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from miles_fast.kernels.dispatch import for_bulk_copies
-from miles_fast.kernels.linear import Linear, products_for
+from miles_fast.kernels.linear import Linear, check_residual, products_for
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 TINY = 1e-30  # of a row's largest number: rows of zeros are divided by something
@@ -112,8 +112,11 @@ def fp8_linear(
     """x weight^T + bias, (..., K) to (..., N); residual + that, if given.
 
     On a GPU by torch._scaled_mm or, on Hopper with a bias from 8,192 rows on, if a multiple of 192 numbers
-    comes out, by quack; elsewhere the reference. Raises ValueError where on a GPU x and weight are not
-    bfloat16.
+    comes out, by quack; elsewhere the reference.
+
+    Raises ValueError where on a GPU x and weight are not bfloat16, and for a residual without a bias or of
+    another dtype than x.
     """
     check_halves(x, weight_NK)
+    check_residual(x, bias_N, residual)
     return _Fp8Linear.apply(x, weight_NK, bias_N, residual)

@@ -33,6 +33,7 @@ from miles_fast.kernels.fp8_linear import (
     rounded_product,
     scaled_product,
 )
+from miles_fast.kernels.linear import check_residual
 from miles_fast.kernels.linear_gelu import scaled_linear_gelu, takes_scaled
 from miles_fast.kernels.mlp import Mlp
 
@@ -96,8 +97,9 @@ def fp8_mlp(
     of its output are one kernel from 256 hidden numbers, 128 in and 128 rows on, by quack where it is
     installed, else by Triton. Else plain torch. The second product is `fp8_linear`'s.
 
-    Raises ValueError where on a GPU x and the weights are not bfloat16.
+    Raises ValueError where on a GPU x and the weights are not bfloat16, and for a residual of another dtype.
     """
     check_halves(x, first_DK)
+    check_residual(x, second_bias_K, residual)
     inputs = x, first_DK, first_bias_D, second_KD, second_bias_K, residual
     return _Fp8Mlp.apply(*inputs, torch.is_grad_enabled())

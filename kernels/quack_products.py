@@ -53,7 +53,7 @@ LAUNCH_BACKWARD = _hopper(256, 160, pingpong=False, clusters=(1, 2))
 PRODUCT_COLUMNS = 192
 LAUNCH_PRODUCT = _hopper(128, PRODUCT_COLUMNS, pingpong=True, clusters=(1, 2))
 # Of 8-bit floats, of six on an H100 at as many rows: 768 to 2304 0.332 ms, where torch._scaled_mm takes
-# 0.374; 3072 to 768 0.364 for 0.341, but a residual in its end saves a pass of 0.185.
+# 0.374; 3072 to 768 0.364 for 0.341 without the residual, which would be a pass of 0.185 (not measured with).
 LAUNCH_SCALED = _hopper(128, PRODUCT_COLUMNS, pingpong=True, clusters=(2, 1))
 # 768 to 3072: 0.701 ms with hidden and 0.645 without, where Triton's takes 0.799 and 0.647.
 LAUNCH_SCALED_GELU = _hopper(256, 128, pingpong=False, clusters=(2, 1))
