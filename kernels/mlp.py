@@ -82,13 +82,13 @@ class Mlp(torch.autograd.Function):
         d_out_MK, needed = d_out.flatten(0, -2), ctx.needs_input_grad
         of_first, of_second = ctx.bias_dtypes
         d_x = d_first_DK = d_first_bias_D = None
-        again = needed[3] and not kept
+        again = needed[3] and len(kept) == 0
         if any(needed[:3]) or again:
             d_hidden_MD, d_first_bias_D, *made = _product_gelu_backward(d_out_MK, second_KD, hidden_MD, again)
             d_first_bias_D = d_first_bias_D.to(of_first)
             d_x = product(d_hidden_MD, first_DK, None, False, None).view(d_out.shape) if needed[0] else None
             d_first_DK = d_hidden_MD.t() @ x_MK if needed[1] else None
-        d_second_KD = d_out_MK.t() @ (kept or made)[0] if needed[3] else None
+        d_second_KD = d_out_MK.t() @ (made if again else kept)[0] if needed[3] else None
         d_second_bias_K = d_out_MK.sum(0).to(of_second) if needed[4] else None
         d_residual = d_out if needed[5] else None
         return d_x, d_first_DK, d_first_bias_D, d_second_KD, d_second_bias_K, d_residual, None

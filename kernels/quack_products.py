@@ -49,11 +49,13 @@ def _hopper(rows: int, columns: int, *, pingpong: bool, clusters: tuple[int, int
 LAUNCH_KEEP = _hopper(128, 128, pingpong=True, clusters=(1, 2))
 LAUNCH_LEAN = _hopper(128, 192, pingpong=True, clusters=(1, 2))
 LAUNCH_BACKWARD = _hopper(256, 160, pingpong=False, clusters=(1, 2))
+# GELU beside its gradient: 1.37 ms, of seven (the other one's 1.44; two kernels 1.57).
+LAUNCH_BACKWARD_BOTH = _hopper(128, 160, pingpong=True, clusters=(1, 2))
 # Of six, at every shape of ViT-B (kernels/linear.py).
 PRODUCT_COLUMNS = 192
 LAUNCH_PRODUCT = _hopper(128, PRODUCT_COLUMNS, pingpong=True, clusters=(1, 2))
 # Of 8-bit floats, of six on an H100 at as many rows: 768 to 2304 0.332 ms, where torch._scaled_mm takes
-# 0.374; 3072 to 768 0.364 for 0.341 without the residual, which would be a pass of 0.185 (not measured with).
+# 0.374; 3072 to 768 0.364 for 0.341 without the residual, 0.356 for 0.486 with it.
 LAUNCH_SCALED = _hopper(128, PRODUCT_COLUMNS, pingpong=True, clusters=(2, 1))
 # 768 to 3072: 0.701 ms with hidden and 0.645 without, where Triton's takes 0.799 and 0.647.
 LAUNCH_SCALED_GELU = _hopper(256, 128, pingpong=False, clusters=(2, 1))
@@ -186,7 +188,8 @@ def gelu_gradient(
     Of halves that begin at 16 bytes.
     """
     compute = _gelu_gradient_and_gelu if again else _gelu_gradient
-    made = compute(d_out_MK, weight_KD, hidden_MD, config=LAUNCH_BACKWARD, tuned=False)
+    launch = LAUNCH_BACKWARD_BOTH if again else LAUNCH_BACKWARD
+    made = compute(d_out_MK, weight_KD, hidden_MD, config=launch, tuned=False)
     return made["D"], made["d_bias"], made["active"] if again else hidden_MD.new_empty(0)
 
 
