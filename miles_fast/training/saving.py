@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import secrets
 import shutil
@@ -28,7 +29,7 @@ from miles_fast.files import flush_to_disk, write_whole
 from miles_fast.models.storage import write_model
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.training.checkpoint import complete_checkpoints, published_names, random_state
-from miles_fast.training.engine_state import counters, own_state
+from miles_fast.training.engine_state import counters, inner_optimizer, own_state
 from miles_fast.training.manifest import CheckpointError, digest, write_manifest
 from miles_fast.training.snapshot import Snapshot
 
@@ -42,6 +43,9 @@ class HostCopy:
         self._cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._buffer = torch.empty(0)
+        self._tensors: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
+        self._runs: list[tuple[Tensor, Tensor]] = []  # where to and from, of neighbours at once
 
     def reserve(self, elements: int) -> None:
         """Have room for so many float32 elements; pinning memory takes seconds, better before training."""
@@ -51,9 +55,19 @@ class HostCopy:
     def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Start copying contiguous float32 tensors; what is returned is good after `wait`.
 
-        What lies side by side, as views of an optimizer's flat buffer do, is one copy: the GPU idles while
-        the host starts them.
+        The GPU idles while the host starts the copies: what lies side by side, as views of an optimizer's
+        flat buffer do, is one, and the same dict given again must still hold the same tensors.
         """
+        if tensors is not self._tensors:
+            self._arrange(tensors)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            for to, source in self._runs:
+                to.copy_(source, non_blocking=True)
+        return self._copies
+
+    def _arrange(self, tensors: dict[str, Tensor]) -> None:
         self.reserve(sum(tensor.numel() for tensor in tensors.values()))
         copies, start = {}, 0
         runs: list[tuple[Tensor, int, int]] = []  # the first tensor, and where the copy begins and ends
@@ -65,12 +79,8 @@ class HostCopy:
             else:
                 runs.append((tensor, start, stop))
             start = stop
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            for first, start, stop in runs:
-                self._buffer[start:stop].copy_(first.as_strided((stop - start,), (1,)), non_blocking=True)
-        return copies
+        self._runs = [(self._buffer[a:b], first.as_strided((b - a,), (1,))) for first, a, b in runs]
+        self._tensors, self._copies = tensors, copies
 
     def hold_back_updates(self) -> None:
         """Have what the device is given from now on wait for the copies; the host does not wait."""
@@ -113,6 +123,8 @@ class Saver:
         self._copy = HostCopy(device)
         if device.type == "cuda":
             self._copy.reserve(self._elements())
+        self._state: dict[str, Tensor] = {}
+        self._kept: list[Any] | None = None
         self._shapes = {name: tuple(_shape(p)) for name, p in engine.module.named_parameters()}
         # Now: in some weeks its folder may be gone, or the hub not answer.
         self._tokenizer = load_tokenizer(config.model.text.tokenizer_source)
@@ -150,7 +162,6 @@ class Saver:
         """Take the state after optimizer step `step`, and have it written; the one before must be done."""
         assert not self.busy and self.problem is None
         self._partial = self.folder / f".step-{step:08d}.{self._token}"
-        own = self._copy.take(own_state(self._engine) | {f"|{n}": t for n, t in self._average().items()})
         state = {
             "step": step,
             "skipped_data": skipped_data,
@@ -159,10 +170,21 @@ class Saver:
             "counters": counters(self._engine),
             "config": to_dict(self._config),
         }
-        arguments = (f"step-{step:08d}", own, random_state(), state)
+        random = random_state()
+        # Last: what else is read of the device would wait for gigabytes.
+        own = self._copy.take(self._to_copy())
+        arguments = (f"step-{step:08d}", own, random, state)
         self._given_up.clear()
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def _to_copy(self) -> dict[str, Tensor]:
+        """The same dict again, until the optimizer keeps other tensors."""
+        kept = [v for state in inner_optimizer(self._engine).state.values() for v in state.values()]
+        if self._kept is None or len(kept) != len(self._kept) or any(map(operator.is_not, kept, self._kept)):
+            self._state = own_state(self._engine) | {f"|{n}": t for n, t in self._average().items()}
+            self._kept = kept
+        return self._state
 
     def before_update(self) -> None:
         """Call it before weights change: the device's update waits until they are copied."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import ds_tree, tiny_config
 
 from miles_fast.export.run import export_run
@@ -24,10 +25,10 @@ from miles_fast.training import saving
 from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_checkpoint
 from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.engine import build_engine, init_process_group
-from miles_fast.training.engine_state import pieces
+from miles_fast.training.engine_state import inner_optimizer, own_state, pieces
 from miles_fast.training.manifest import MANIFEST, CheckpointError, digest
 from miles_fast.training.objective import Objective
-from miles_fast.training.saving import Saver
+from miles_fast.training.saving import HostCopy, Saver
 
 CPU = torch.device("cpu")
 
@@ -64,6 +65,33 @@ def restore(config, engine, folder, **trust):
     state = read_state(checkpoint, config)
     restore_checkpoint(checkpoint, state, engine, None, **trust)
     return state["step"]
+
+
+def test_a_save_looks_for_its_tensors_once_and_copies_last(root, tmp_path, monkeypatch):
+    """The GPU idles meanwhile; the optimizer's first update makes its moments, which are looked for anew."""
+    calls = []
+
+    def noted(function):
+        return lambda *given: calls.append(function.__name__) or function(*given)
+
+    for owner, name in ((saving, "own_state"), (saving, "counters"), (HostCopy, "take")):
+        monkeypatch.setattr(owner, name, noted(getattr(owner, name)))
+    config, engine, saver = saved(root, tmp_path)
+    assert calls == ["counters", "own_state", "take"]
+    for step, expected in ((2, ["counters", "own_state", "take"]), (3, ["counters", "take"])):
+        calls.clear()
+        inner = inner_optimizer(engine)
+        for group in inner.param_groups:
+            for weight in group["params"]:
+                weight.grad = torch.full_like(weight, step)
+        inner.step()
+        wanted = {name: tensor.clone() for name, tensor in own_state(engine).items()}
+        saver.start(step, [])
+        saver.settle()
+        assert calls == expected
+        with safe_open(tmp_path / f"checkpoints/step-{step:08d}/rank-00000.safetensors", "pt") as file:
+            assert {name.split("|")[0] for name in wanted} == {"weight", "exp_avg", "exp_avg_sq"}
+            assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in wanted.items())
 
 
 def test_killed_at_random_moments_of_saving(root, tmp_path, finding, full):
