@@ -38,6 +38,10 @@ class Part:
     longest: tuple[tuple[str, float, float], ...]
 
 
+def _part(kernel: str) -> str:
+    return next((name for name, pattern in PARTS if re.search(pattern, kernel)), "other")
+
+
 def parts_of(profile: torch.profiler.profile, num_steps: int) -> list[Part]:
     """Parts of the recorded steps, longest first; all streams added up."""
     found: dict[str, list] = defaultdict(list)
@@ -46,8 +50,7 @@ def parts_of(profile: torch.profiler.profile, num_steps: int) -> list[Part]:
         if _ANNOTATIONS.match(event.key):
             continue
         if milliseconds and event.device_type == torch.autograd.DeviceType.CUDA:
-            part = next((name for name, pattern in PARTS if re.search(pattern, event.key)), "other")
-            found[part].append((milliseconds / num_steps, event.count / num_steps, event.key))
+            found[_part(event.key)].append((milliseconds / num_steps, event.count / num_steps, event.key))
     parts = [
         Part(
             name=name,
@@ -63,22 +66,35 @@ def parts_of(profile: torch.profiler.profile, num_steps: int) -> list[Part]:
 
 
 def idle_table(profile: torch.profiler.profile, num_steps: int) -> str:
-    """Milliseconds a step between the first kernel and the last in which none ran; the longest gaps."""
+    """Milliseconds a step in which no kernel ran, with and without decoding and copies; the longest gaps.
+
+    From the first kernel to the last. What decodes the next batches runs beside the step, or where it idles.
+    """
     kernels = sorted(
-        (event.time_range.start, event.time_range.end, event.name[:50])
+        (event.time_range.start, event.time_range.end, event.name)
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and not _ANNOTATIONS.match(event.name)
     )
+    step = [kernel for kernel in kernels if _part(kernel[-1]) not in ("decoding", "memory copies")]
+    lines = []
+    for name, these in (("idle", kernels), ("idle, or decoding alone", step)):
+        gaps = _gaps(these)
+        idle = sum(gap for gap, *_ in gaps) / num_steps
+        lines.append(f"{name:<28}{idle:>9.2f} ms{len(gaps) / num_steps:>8.0f} gaps")
+        longest = sorted(gaps, reverse=True)[:12]
+        lines += [f"    {ms:>7.2f} ms  {one[:50]} -> {other[:50]}" for ms, one, other in longest]
+    return "\n".join(lines)
+
+
+def _gaps(kernels: list[tuple[float, float, str]]) -> list[tuple[float, str, str]]:
+    """Milliseconds between kernels sorted by their start, and the kernels before and behind."""
     gaps, end, last = [], float("inf"), ""
     for start, stop, name in kernels:
         if start > end:
             gaps.append(((start - end) / 1000, last, name))
         if stop > end or not last:
             end, last = stop, name
-    idle = sum(gap for gap, *_ in gaps) / num_steps
-    lines = [f"{'idle':<28}{idle:>9.2f} ms{len(gaps) / num_steps:>8.0f} gaps"]
-    lines += [f"    {ms:>7.2f} ms  {one} -> {other}" for ms, one, other in sorted(gaps, reverse=True)[:12]]
-    return "\n".join(lines)
+    return gaps
 
 
 def host_table(profile: torch.profiler.profile, num_steps: int) -> str:

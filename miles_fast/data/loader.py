@@ -67,12 +67,26 @@ class Loader:
         ]
         self.share, self.quarantine, self._draw_masks = share, quarantine, draw_masks
         self._finish = BatchFinisher(data, image_size, share.batch, device)
-        self._prefetch = data.prefetch_batches
+        self._prefetch, self._on_gpu = data.prefetch_batches, device.type == "cuda"
+        self._may_begin = threading.Event()
+        self._may_begin.set()
         self._num_workers = data.decode_workers
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         """Endless micro batches from optimizer step `first_step` (0-based); close it when done."""
-        return _in_background(self._make_batches(first_step), self._prefetch)
+        return _in_background(self._make_batches(first_step), self._prefetch, self._may_begin)
+
+    def hold(self) -> None:
+        """Begin no batch behind the next one until `go_on`: a GPU idles while its step is being launched.
+
+        Making a batch holds Python's lock for tens of milliseconds, and begins when one is taken.
+        """
+        if self._on_gpu:
+            self._may_begin.clear()
+
+    def go_on(self) -> None:
+        """The step is launched."""
+        self._may_begin.set()
 
     def _make_batches(self, first_step: int) -> Generator[Batch, None, None]:
         coming: deque[tuple[Request, Pending, Pending | None]] = deque()
@@ -214,8 +228,13 @@ def _input(shards: ShardSet, source: SourceConfig, data: DataConfig, device: tor
     )
 
 
-def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[Batch, None, None]:
-    """Run a generator on its own thread, at most `depth` items ahead; its end and errors come here too."""
+def _in_background(
+    make: Generator[Batch, None, None], depth: int, may_begin: threading.Event | None = None
+) -> Generator[Batch, None, None]:
+    """Run a generator on its own thread, at most `depth` items ahead; its end and errors come here too.
+
+    Behind each item it waits for `may_begin`, which must be set before the next but one is taken.
+    """
     items: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
     stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
@@ -234,6 +253,8 @@ def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[
                         # Here and not where the batch is used: there each call would hand the GIL over.
                         item.record_stream(stream)
                     put(item)
+                    if may_begin is not None:
+                        may_begin.wait()
                     if stop.is_set():
                         return
             put(None)
@@ -253,4 +274,6 @@ def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[
         yield from iter(take, None)
     finally:
         stop.set()
+        if may_begin is not None:
+            may_begin.set()
         thread.join()

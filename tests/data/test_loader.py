@@ -1,5 +1,6 @@
 """The loader: DALI against Pillow, resume, substitutes for bad samples, both layouts, captions."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -156,6 +157,46 @@ def test_a_batch_holds_its_samples_and_a_resumed_loader_the_same_ones(root):
     )
     assert torch.equal(whole[0].token_ids_BL, expected["input_ids"])
     assert torch.equal(whole[0].attention_BL, expected["attention_mask"])
+
+
+class Counting(Quarantine):
+    made = 0  # batches
+
+    def accept(self, clips):
+        super().accept(clips)
+        self.made += 1
+
+    def settled(self):
+        """How many batches there are when no more are made."""
+        seen = -1
+        while seen != self.made:
+            seen = self.made
+            time.sleep(0.5)
+        return seen
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_beside_a_launch_no_batch_is_begun_where_a_gpu_waits_for_it(root, monkeypatch, gpu):
+    config, quarantine = tiny_config(root), Counting(None)
+    dealer = loader(config, quarantine)
+    monkeypatch.setattr(dealer, "_on_gpu", gpu)
+    with contextlib.closing(dealer.batches(0)) as batches:
+        found = []
+        for _ in range(2):
+            found.append(next(batches))
+            before = quarantine.settled()
+            dealer.hold()
+            found.append(next(batches))
+            assert quarantine.settled() == before + (not gpu)
+            dealer.go_on()
+            assert quarantine.settled() == before + 1
+        for _ in range(20):  # as fast as they come: the next one may have to be made first
+            dealer.hold()
+            found.append(next(batches))
+            dealer.go_on()
+        dealer.hold()
+        next(batches)  # and closed while it is held
+    assert [b.keys for b in found] == [b.keys for b in take(config, 0, 24)]
 
 
 def test_ranks_split_the_batch(root):
