@@ -40,6 +40,9 @@ class Snapshot:
             self._average = self._used
         else:
             self._average = [p.detach().float().to(device, copy=True) for p in parts.parameters()]
+        self._wide = _in_one_buffer(self._average) if self._used is not self._average else []
+        self._student: DualEncoder | None = None
+        self._followed: list[nn.Parameter] = []
 
     @property
     def video_model(self) -> nn.Module:
@@ -65,20 +68,19 @@ class Snapshot:
         if self.config.update == "copy" and step % self.config.every:
             return
         weight = 1.0 if self.config.update == "copy" else 1 - self.momentum(step)
-        start = 0
-        followed = nn.ModuleDict({"video_model": student.video_model, "vid_proj": student.vid_proj})
-        for parameters in gathered_parts(followed):
-            stop = start + len(parameters)
-            average = self._average[start:stop]
-            if self._used is not self._average:
-                wide = [torch.empty_like(tensor) for tensor in average]
-                torch._foreach_copy_(wide, [p.detach() for p in parameters])
-                parameters = wide
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], weight)
-            if self._used is not self._average:
-                torch._foreach_copy_(self._used[start:stop], average)
-            start = stop
-        assert start == len(self._average)
+        if (
+            student is not self._student
+        ):  # looking for them takes the host milliseconds, for which a GPU waits
+            parts = nn.ModuleDict({"video_model": student.video_model, "vid_proj": student.vid_proj})
+            self._student, self._followed = student, list(parts.parameters())
+            assert len(self._followed) == len(self._average)
+        for place, parameters in gathered_parts(self._followed):
+            average, wide = self._average[place], self._wide[place]
+            if wide:
+                torch._foreach_copy_(wide, parameters)
+            torch._foreach_lerp_(average, wide or parameters, weight)
+            if wide:
+                torch._foreach_copy_(self._used[place], average)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The float32 average by parameter name."""
@@ -93,15 +95,34 @@ class Snapshot:
         torch._foreach_copy_(self._used, self._average)
 
 
-def gathered_parts(module: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """All parameters in their order, a twelfth at a time, whole even under ZeRO-3; all ranks must call it."""
-    parameters = list(module.parameters())
-    size = max(1, math.ceil(len(parameters) / 12))
-    for start in range(0, len(parameters), size):
-        part = parameters[start : start + size]
+def _in_one_buffer(tensors: list[Tensor]) -> list[Tensor]:
+    """Room for one part of `gathered_parts` at a time, in the tensors' shapes."""
+    views, longest = [], 0
+    for place in _parts(len(tensors)):
+        longest = max(longest, sum(tensor.numel() for tensor in tensors[place]))
+    buffer = tensors[0].new_empty(longest)
+    for place in _parts(len(tensors)):
+        sizes = [tensor.numel() for tensor in tensors[place]]
+        pieces = buffer[: sum(sizes)].split(sizes)
+        views += [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors[place], strict=True)]
+    return views
+
+
+def _parts(count: int) -> list[slice]:
+    size = max(1, math.ceil(count / 12))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def gathered_parts(parameters: list[nn.Parameter]) -> Iterator[tuple[slice, list[nn.Parameter]]]:
+    """A twelfth of the parameters at a time, and where it lies; whole even under ZeRO-3.
+
+    All ranks must call it.
+    """
+    for place in _parts(len(parameters)):
+        part = parameters[place]
         partitioned = any(hasattr(p, "ds_id") for p in part)
         with _gather(part) if partitioned else contextlib.nullcontext():
-            yield part
+            yield place, part
 
 
 def _gather(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:

@@ -33,8 +33,8 @@ class WholeStudent:
         if self._empty is None:
             return self._student
         whole = copy.deepcopy(self._empty)
-        names = [name for name, _ in self._student.named_parameters()]
-        found = (p.detach().clone() for part in gathered_parts(self._student) for p in part)
+        names, weights = zip(*self._student.named_parameters(), strict=True)
+        found = (p.detach().clone() for _, part in gathered_parts(list(weights)) for p in part)
         state = dict(zip(names, found, strict=True)) | dict(self._student.named_buffers())
         whole.load_state_dict({name: state[name] for name in whole.state_dict()}, assign=True)
         return whole.to(next(iter(state.values())).device)
