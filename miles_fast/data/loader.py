@@ -77,9 +77,10 @@ class Loader:
         return _in_background(self._make_batches(first_step), self._prefetch, self._may_begin)
 
     def hold(self) -> None:
-        """Begin no batch behind the next one until `go_on`: a GPU idles while its step is being launched.
+        """Begin no batch until `go_on`, or one is wanted and none is there.
 
-        Making a batch holds Python's lock for tens of milliseconds, and begins when one is taken.
+        Making one holds Python's lock for tens of milliseconds, and begins when one is taken: just when a GPU
+        idles until its step is launched.
         """
         if self._on_gpu:
             self._may_begin.clear()
@@ -233,7 +234,7 @@ def _in_background(
 ) -> Generator[Batch, None, None]:
     """Run a generator on its own thread, at most `depth` items ahead; its end and errors come here too.
 
-    Behind each item it waits for `may_begin`, which must be set before the next but one is taken.
+    Behind each item it waits for `may_begin`, which is set when an item is wanted and none is there.
     """
     items: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
@@ -262,6 +263,8 @@ def _in_background(
             put(error)
 
     def take() -> Batch | None:
+        if may_begin is not None and items.empty():
+            may_begin.set()
         item = items.get()
         if isinstance(item, BaseException):
             raise item
