@@ -66,7 +66,7 @@ def parts_of(profile: torch.profiler.profile, num_steps: int) -> list[Part]:
 
 
 def idle_table(profile: torch.profiler.profile, num_steps: int) -> str:
-    """Milliseconds a step in which no kernel ran, with and without decoding and copies; the longest gaps.
+    """Milliseconds a step in which no kernel ran, with and without decoding and its copies; the longest gaps.
 
     From the first kernel to the last. What decodes the next batches runs beside the step, or where it idles.
     """
@@ -75,7 +75,7 @@ def idle_table(profile: torch.profiler.profile, num_steps: int) -> str:
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and not _ANNOTATIONS.match(event.name)
     )
-    step = [kernel for kernel in kernels if _part(kernel[-1]) not in ("decoding", "memory copies")]
+    step = [k for k in kernels if _part(k[-1]) != "decoding" and not k[-1].startswith("Memcpy HtoD")]
     lines = []
     for name, these in (("idle", kernels), ("idle, or decoding alone", step)):
         gaps = _gaps(these)

@@ -77,7 +77,7 @@ class Loader:
         return _in_background(self._make_batches(first_step), self._prefetch, self._may_begin)
 
     def hold(self) -> None:
-        """Begin no batch until `go_on`, or one is wanted and none is there.
+        """Begin no batch until `go_on`; where one is wanted and none is there, this is over at once.
 
         Making one holds Python's lock for tens of milliseconds, and begins when one is taken: just when a GPU
         idles until its step is launched.
@@ -86,7 +86,7 @@ class Loader:
             self._may_begin.clear()
 
     def go_on(self) -> None:
-        """The step is launched."""
+        """The passes are launched."""
         self._may_begin.set()
 
     def _make_batches(self, first_step: int) -> Generator[Batch, None, None]:

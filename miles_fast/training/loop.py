@@ -267,7 +267,7 @@ def train_step(
     """One micro step: targets, the student's passes, backward, and DeepSpeed's step at its boundary.
 
     Also the gradient's norm, `with_norm` and where DeepSpeed keeps none. `guard` looks at the loss; `saver`
-    may still be copying what the step changes, `loader` may go on once it is launched.
+    may still be copying what the step changes, `loader` goes on once the passes are launched.
     """
     target = snapshot.encode(batch.video_BTCHW, batch.masked_BM) if snapshot is not None else None
     losses = engine(batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM, target)

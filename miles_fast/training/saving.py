@@ -124,7 +124,7 @@ class Saver:
         if device.type == "cuda":
             self._copy.reserve(self._elements())
         self._state: dict[str, Tensor] = {}
-        self._kept: list[Any] | None = None
+        self._kept: list[Tensor] | None = None
         self._shapes = {name: tuple(_shape(p)) for name, p in engine.module.named_parameters()}
         # Now: in some weeks its folder may be gone, or the hub not answer.
         self._tokenizer = load_tokenizer(config.model.text.tokenizer_source)
@@ -180,7 +180,8 @@ class Saver:
 
     def _to_copy(self) -> dict[str, Tensor]:
         """The same dict again, until the optimizer keeps other tensors."""
-        kept = [v for state in inner_optimizer(self._engine).state.values() for v in state.values()]
+        states = inner_optimizer(self._engine).state.values()
+        kept = [value for state in states for value in state.values() if torch.is_tensor(value)]
         if self._kept is None or len(kept) != len(self._kept) or any(map(operator.is_not, kept, self._kept)):
             self._state = own_state(self._engine) | {f"|{n}": t for n, t in self._average().items()}
             self._kept = kept

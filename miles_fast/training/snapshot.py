@@ -68,9 +68,8 @@ class Snapshot:
         if self.config.update == "copy" and step % self.config.every:
             return
         weight = 1.0 if self.config.update == "copy" else 1 - self.momentum(step)
-        if (
-            student is not self._student
-        ):  # looking for them takes the host milliseconds, for which a GPU waits
+        # Looking for them takes the host milliseconds, for which a GPU waits.
+        if student is not self._student:
             parts = nn.ModuleDict({"video_model": student.video_model, "vid_proj": student.vid_proj})
             self._student, self._followed = student, list(parts.parameters())
             assert len(self._followed) == len(self._average)
