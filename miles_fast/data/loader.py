@@ -238,6 +238,9 @@ def _in_background(
     """
     items: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
+    if may_begin is None:
+        may_begin = threading.Event()
+        may_begin.set()
     stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
     def put(item: Batch | BaseException | None) -> None:
@@ -254,8 +257,7 @@ def _in_background(
                         # Here and not where the batch is used: there each call would hand the GIL over.
                         item.record_stream(stream)
                     put(item)
-                    if may_begin is not None:
-                        may_begin.wait()
+                    may_begin.wait()
                     if stop.is_set():
                         return
             put(None)
@@ -263,7 +265,7 @@ def _in_background(
             put(error)
 
     def take() -> Batch | None:
-        if may_begin is not None and items.empty():
+        if items.empty():
             may_begin.set()
         item = items.get()
         if isinstance(item, BaseException):
@@ -277,6 +279,5 @@ def _in_background(
         yield from iter(take, None)
     finally:
         stop.set()
-        if may_begin is not None:
-            may_begin.set()
+        may_begin.set()
         thread.join()

@@ -96,15 +96,10 @@ class Snapshot:
 
 def _in_one_buffer(tensors: list[Tensor]) -> list[Tensor]:
     """Room for one part of `gathered_parts` at a time, in the tensors' shapes."""
-    views, longest = [], 0
-    for place in _parts(len(tensors)):
-        longest = max(longest, sum(tensor.numel() for tensor in tensors[place]))
-    buffer = tensors[0].new_empty(longest)
-    for place in _parts(len(tensors)):
-        sizes = [tensor.numel() for tensor in tensors[place]]
-        pieces = buffer[: sum(sizes)].split(sizes)
-        views += [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors[place], strict=True)]
-    return views
+    parts = [[tensor.numel() for tensor in tensors[place]] for place in _parts(len(tensors))]
+    buffer = tensors[0].new_empty(max(map(sum, parts)))
+    pieces = [piece for sizes in parts for piece in buffer[: sum(sizes)].split(sizes)]
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def _parts(count: int) -> list[slice]:
