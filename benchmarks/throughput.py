@@ -199,7 +199,8 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def main() -> int:
+def arguments() -> argparse.ArgumentParser:
+    """What this program takes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -238,7 +239,11 @@ def main() -> int:
         "--micro", type=Path, metavar="JSON", help="micro.py's figures, whose roofline --report draws"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_intermixed_args()
+    return parser
+
+
+def main() -> int:
+    options = arguments().parse_intermixed_args()
     configure_logging()
     config = load_config(options.config, options.overrides)
     settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
