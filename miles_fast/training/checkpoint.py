@@ -39,7 +39,7 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
         return place
     latest = place / "checkpoints" / "latest"
     if latest.is_file():
-        name = latest.read_text().strip()
+        name = latest.read_text(errors="replace").strip()
         if not _STEP.fullmatch(name):
             raise CheckpointError(f"{latest} holds {name[:80]!r}, not the name of a checkpoint beside it")
         if (latest.parent / name).is_dir():
@@ -47,10 +47,10 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
         # Killed while a checkpoint of the same step was being replaced.
         if (latest.parent / f".{name}.old" / MANIFEST).is_file():
             return latest.parent / f".{name}.old"
-        complete = complete_checkpoints(latest.parent)
-        if complete:
-            logger.warning("%s names %s, which is gone: %s is the newest", latest, name, complete[-1])
-            return complete[-1]
+    # `latest` is written behind the checkpoint that it names, and may not have been copied with it.
+    if complete := complete_checkpoints(latest.parent):
+        logger.warning("%s names no checkpoint that is there: %s is the newest", latest, complete[-1])
+        return complete[-1]
     if resume == "auto":
         return None
     raise CheckpointError(f"{resume}: no checkpoint there; name a run's folder or one of its checkpoints")
@@ -166,6 +166,8 @@ def _load(checkpoint: Path, state: dict[str, Any], engine: Any, snapshot: Snapsh
 
 
 def _restore_deepspeed(checkpoint: Path, engine: Any, snapshot: Snapshot | None, trust: bool) -> None:
+    if not (checkpoint / "engine").is_dir():
+        raise CheckpointError(f"{checkpoint} has no {MANIFEST}: it is incomplete; use another one")
     if not trust:
         raise CheckpointError(
             f"{checkpoint} has no {MANIFEST}: it holds DeepSpeed's own files (of an earlier version, or from "
@@ -177,7 +179,7 @@ def _restore_deepspeed(checkpoint: Path, engine: Any, snapshot: Snapshot | None,
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, OSError) as error:
-        raise CheckpointError(f"{checkpoint}: DeepSpeed cannot restore it ({error})") from error
+        raise CheckpointError(f"{checkpoint}: DeepSpeed cannot restore it ({error!r})") from error
     if path is None:
         raise CheckpointError(f"{checkpoint}: DeepSpeed found nothing to restore in engine/")
     if snapshot is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,21 @@ import torch
 
 from miles_fast.config import Config, ConfigError
 
+# Of DeepSpeed's keys, which it reads by name and does not check: those that a slip of the pen would undo.
+_KEYS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"),
+    *("scheduler", "gradient_clipping", "bf16", "fp16", "data_types", "zero_optimization", "timers"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "steps_per_print"),
+)
+_SECTIONS = ("optimizer", "scheduler", "bf16", "fp16", "data_types", "zero_optimization", "timers")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """DeepSpeed's json with every `auto` filled in, and what the rest of the program needs of it."""
+    """DeepSpeed's json with every `auto` filled in, where it stood, and what else is needed of it."""
 
     tree: dict[str, Any]
+    source: str
     batch: int
     accumulation: int
     stage: int
@@ -54,6 +64,7 @@ def check_ds_config(
     tree = copy.deepcopy(tree)
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected an object with DeepSpeed's settings")
+    _check_shape(tree, source)
     if tree.get("fp16", {}).get("enabled"):
         raise ConfigError(f"{source}: fp16.enabled = true is not supported (no loss scaling); use bf16")
     bf16 = tree.setdefault("bf16", {})
@@ -70,17 +81,24 @@ def check_ds_config(
             "enable bf16, or take run.precision out"
         )
     batch = tree.get("train_micro_batch_size_per_gpu")
-    if not isinstance(batch, int) or batch < 1:
+    if not _counts(batch):
         raise ConfigError(
             f"{source}: train_micro_batch_size_per_gpu = {batch!r}: give the clips per rank, e.g. 64"
         )
     accumulation = tree.setdefault("gradient_accumulation_steps", 1)
+    if not _counts(accumulation):
+        raise ConfigError(
+            f"{source}: gradient_accumulation_steps = {accumulation!r}: give passes a step, e.g. 1"
+        )
     product = batch * accumulation * ranks
     if tree.setdefault("train_batch_size", product) != product:
         raise ConfigError(
             f"{source}: train_batch_size = {tree['train_batch_size']}, but train_micro_batch_size_per_gpu "
             f"{batch} x gradient_accumulation_steps {accumulation} x {ranks} ranks = {product}"
         )
+    clipping = tree.get("gradient_clipping", 0.0)
+    if not isinstance(clipping, int | float):
+        raise ConfigError(f"{source}: gradient_clipping = {clipping!r}: give the largest norm, e.g. 1.0")
     schedule = tree.get("scheduler", {}).get("params", {})
     total = schedule.get("total_num_steps")
     if total == "auto":
@@ -90,8 +108,8 @@ def check_ds_config(
             f"{source}: scheduler.params.total_num_steps = {total}, but run.steps = {config.run.steps}; "
             'make them equal, or write "auto" in the json'
         )
-    if "optimizer" not in tree:
-        raise ConfigError(f"{source}: optimizer is missing; ds.json in the repository shows one")
+    if not isinstance(tree.get("optimizer", {}).get("type"), str):
+        raise ConfigError(f"{source}: optimizer.type is missing; ds.json in the repository shows one")
     stage = tree.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if stage == 3 and config.run.cuda_graphs:
         raise ConfigError(
@@ -108,12 +126,29 @@ def check_ds_config(
     tree.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     return EngineSettings(
         tree=tree,
+        source=source,
         batch=batch,
         accumulation=accumulation,
         stage=stage,
         bf16=bool(bf16.get("enabled")),
         lr_scale=config.run.lr_scale,
     )
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_shape(tree: dict[str, Any], source: str) -> None:
+    for key in set(tree) - set(_KEYS):
+        if meant := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85):
+            raise ConfigError(f"{source}: unknown key {key!r}; did you mean {meant[0]!r}?")
+    for name in _SECTIONS:
+        section = tree.get(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{source}: {name} = {section!r}: give an object, or take it out")
+        if not isinstance(section.get("params", {}), dict):
+            raise ConfigError(f"{source}: {name}.params = {section['params']!r}: give an object")
 
 
 def _check_lr_scale(tree: dict[str, Any], source: str, config: Config) -> None:

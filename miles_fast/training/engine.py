@@ -62,6 +62,7 @@ def init_process_group() -> torch.device:
 def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
     """DeepSpeed engine around the objective; weight decay spares biases, norms, tokens and positions."""
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
 
     if settings.stage == 0 and settings.bf16:
         note_once("bf16 with ZeRO 0: DeepSpeed takes a zero-gradient step at the start; stage 1 does not")
@@ -70,8 +71,10 @@ def build_engine(objective: nn.Module, settings: EngineSettings) -> Any:
         gather_by_layer(objective)
     try:
         engine, *_ = deepspeed.initialize(model=objective, model_parameters=groups, config=settings.tree)
-    except (ValueError, NotImplementedError) as error:  # the latter for a mix of precisions it lacks
-        raise ConfigError(f"DeepSpeed refuses the ds config: {error}") from error
+    except (ValueError, NotImplementedError, AssertionError, TypeError, DeepSpeedConfigError) as error:
+        # By TypeError it refuses an option that an optimizer or a schedule does not have.
+        cause = str(error) or type(error).__name__
+        raise ConfigError(f"{settings.source}: DeepSpeed refuses it: {cause}") from error
     if settings.stage == 3:
         gather_patches(objective)
         keep_compiler_from_hooks(objective)

@@ -270,6 +270,8 @@ def test_malicious_checkpoints_are_refused_without_side_effect(root, tmp_path, f
         (checkpoint / MANIFEST).unlink()
         (checkpoint / "engine").mkdir()
         torch.save(Payload(mark), checkpoint / "engine" / "mp_rank_00_model_states.pt")
+    for checkpoint in case("no manifest.json: it is incomplete"):
+        (checkpoint / MANIFEST).unlink()
     assert not mark.exists()
     assert all((piece.weight == 7).all() for piece in pieces(engine))
     finding("F10", f"{cases} of {cases} malicious checkpoints refused, no side effect")
@@ -300,6 +302,8 @@ def test_one_that_was_being_replaced_is_found_and_put_back(root, tmp_path):
         "step-00000002",
     ]
     shutil.rmtree(saver.folder / "step-00000002")
+    assert restore(config, engine, tmp_path) == 1
+    (saver.folder / "latest").unlink()  # written behind the first checkpoint; or not copied with it
     assert restore(config, engine, tmp_path) == 1
 
 

@@ -1,6 +1,7 @@
 """DeepSpeed's optimizers with gradients taken together, against their own way; rates of parameter groups."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -199,3 +200,40 @@ def test_a_scale_that_would_do_nothing_is_refused(root, tmp_path):
         settings({"first.": 0.1}, optimizer={"type": "AdamW"})
     with pytest.raises(ConfigError, match="lr_scale"):
         settings({"first.": 0.0})
+
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        ({"fp16": None}, "fp16 = None: give an object"),
+        ({"bf16": True}, "bf16 = True: give an object"),
+        ({"scheduler": {"type": "WarmupLR", "params": 3}}, "scheduler.params = 3: give an object"),
+        ({"optimizer": "AdamW"}, "optimizer = 'AdamW': give an object"),
+        ({"optimizer": {"params": {"lr": 1}}}, "optimizer.type is missing"),
+        ({"gradient_accumulation_steps": "auto"}, "gradient_accumulation_steps = 'auto'"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps = 0"),
+        ({"train_micro_batch_size_per_gpu": True}, "train_micro_batch_size_per_gpu = True"),
+        ({"gradient_clipping": "auto"}, "gradient_clipping = 'auto'"),
+        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'"),
+    ],
+)
+def test_a_json_of_another_shape_is_refused_by_key(root, changes, said):
+    with pytest.raises(ConfigError, match=f"ds.json: {re.escape(said)}"):
+        check_ds_config(ds_tree() | changes, "ds.json", tiny_config(root), cuda=False, ranks=1)
+
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        ({"optimizer": {"type": "Nope", "params": {"lr": 1e-3}}}, "Nope is not a supported"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "lrr": 1}}}, "lrr"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-3", "torch_adam": True}}}, "'<='"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup": 3}}}, "warmup"),
+        ({"amp": {"enabled": True}}, "Apex AMP integration has been removed"),
+    ],
+)
+def test_what_deepspeed_refuses_is_said_with_the_file(root, changes, said):
+    settings = check_ds_config(ds_tree() | changes, "ds.json", tiny_config(root), cuda=False, ranks=1)
+    init_process_group()
+    with pytest.raises(ConfigError, match=f"ds.json: DeepSpeed refuses it: .*{said}"):
+        build_engine(Net(), settings)

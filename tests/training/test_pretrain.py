@@ -211,6 +211,9 @@ def test_an_earlier_run_is_moved_aside(root, tmp_path):
     train(config)
     train(config)
     assert (tmp_path / "run.old-1" / "checkpoints" / "latest").exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train(config, resume="auto")  # from the start: there is nothing to go on from
+    assert read_log(tmp_path / "run.old-2")
 
 
 def test_another_architecture_is_refused_with_the_difference(root, tmp_path):
