@@ -66,9 +66,9 @@ def main() -> None:
         "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"
     )
     options = parser.parse_args()
-    for name in ("batch", "part_size", "workers"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    for name in ("frames", "batch", "part_size", "workers"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {number}: must be at least 1")
     configure_logging()
     model = load(options.model, tokenizer=options.tokenizer)
     frames = options.frames or model.config.video.num_frames

@@ -31,6 +31,8 @@ from miles_fast.evaluation.retrieval import table as retrieval_table
 from miles_fast.export.run import load
 from miles_fast.training.engine import init_process_group
 
+LEAST = {"frames": 1, "caption_tokens": 3, "batch": 1, "workers": 1}  # of options that are numbers
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -44,7 +46,9 @@ def main() -> None:
     what.add_argument("--shards", nargs="+", help="glob or brace patterns of tars")
     what.add_argument("--protocol", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--frames", type=int, help="frames per clip; default: 4, or the protocol's")
-    parser.add_argument("--caption-tokens", type=int, help="default: 32, or the protocol's")
+    parser.add_argument(
+        "--caption-tokens", type=int, help="default: 32 or the protocol's, or all that the model takes"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
         "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"
@@ -65,6 +69,7 @@ def main() -> None:
         "--list", type=Path, help="write {video file: captions} for launch/prepare.py and stop"
     )
     options = parser.parse_args()
+    check_numbers(options)
     if options.shards:
         on_shards(options)
         return
@@ -77,9 +82,28 @@ def main() -> None:
         return
     if options.frames:
         protocol = replace(protocol, frames=(options.frames,))
-    if options.caption_tokens:
-        protocol = replace(protocol, caption_tokens=options.caption_tokens)
     on_videos(protocol, options)
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raise ValueError for a number that is too small to mean anything."""
+    for name, least in LEAST.items():
+        number = getattr(options, name)
+        if number is not None and number < least:
+            raise ValueError(f"--{name.replace('_', '-')} {number}: must be at least {least}")
+
+
+def caption_length(asked: int | None, usual: int, max_positions: int) -> int:
+    """Tokens of a caption: those asked for, else the usual number or as many as the model takes.
+
+    Raises ValueError where more are asked for than it takes.
+    """
+    if asked is not None and asked > max_positions:
+        raise ValueError(
+            f"--caption-tokens {asked} exceeds the model's max_positions {max_positions}; write "
+            f"{max_positions} or less"
+        )
+    return asked or min(usual, max_positions)
 
 
 def on_videos(protocol: Protocol, options: argparse.Namespace) -> None:
@@ -89,8 +113,11 @@ def on_videos(protocol: Protocol, options: argparse.Namespace) -> None:
     folder = DataFolder(options.data, allow_missing=options.allow_missing)
     device = init_process_group()
     configure_logging()
+    model = load(options.model, str(device), tokenizer=options.tokenizer)
+    length = caption_length(options.caption_tokens, protocol.caption_tokens, model.config.text.max_positions)
+    protocol = replace(protocol, caption_tokens=length)
     embedder = Embedder(
-        model=load(options.model, str(device), tokenizer=options.tokenizer),
+        model=model,
         device=device,
         batch=options.batch,
         num_workers=options.workers,
@@ -129,14 +156,14 @@ def on_shards(options: argparse.Namespace) -> None:
         raise ValueError("name the model: launch/evaluate.py MODEL --shards ...")
     configure_logging()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    model = load(options.model, str(device), tokenizer=options.tokenizer)
     source = SourceConfig(shards=options.shards, name="evaluation")
     data = DataConfig(
         train=[source],
         frames_per_clip=options.frames or 4,
-        caption_tokens=options.caption_tokens or 32,
+        caption_tokens=caption_length(options.caption_tokens, 32, model.config.text.max_positions),
         allowed_prefixes=options.allow,
     )
-    model = load(options.model, str(device), tokenizer=options.tokenizer)
     loader = EvaluationLoader(
         source,
         data,

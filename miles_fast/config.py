@@ -10,15 +10,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
-_OPTIONS: dict[str, Any] = {"frozen": True, "kw_only": True, "config": ConfigDict(extra="forbid")}
+_OPTIONS: dict[str, Any] = {
+    "frozen": True,
+    "kw_only": True,
+    "config": ConfigDict(extra="forbid", allow_inf_nan=False),
+}
 
 
 class ConfigError(ValueError):
@@ -34,7 +39,7 @@ class SourceConfig:
 
     shards: list[str] = Field(min_length=1)
     name: str = "train"
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0)
 
 
 @dataclass(**_OPTIONS)
@@ -42,8 +47,11 @@ class DataConfig:
     """Where clips come from and what is drawn of them.
 
     Several `train` sources take turns, one optimizer step each (spec/miles.md 4.2), in proportion to their
-    weights. `demo_corpus` is a folder in which the generated corpus is built when it is missing. A run whose
-    share of unusable samples exceeds `max_bad_share` stops.
+    weights. Each `evaluation` set needs a name of its own: results are kept by it. `demo_corpus` is a folder
+    in which the generated corpus is built when it is missing. A run whose share of unusable samples exceeds
+    `max_bad_share` stops.
+
+    `crop_scale`: the least and the greatest share of a frame's area that a training crop takes.
 
     `shuffle_shards`: each epoch goes through a set in windows of that many shards and shuffles the samples of
     a window together; 0 shuffles all samples of the set. Unset it is 0 for local sets and 16 for remote ones.
@@ -64,9 +72,9 @@ class DataConfig:
     allowed_prefixes: list[str] = Field(default_factory=list)
     s3_endpoint: str | None = None
     cache_folder: str | None = None
-    cache_gib: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+    cache_gib: float = Field(default=64.0, gt=0)
     download_attempts: int = Field(default=6, ge=1)
-    download_timeout_seconds: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    download_timeout_seconds: float = Field(default=30.0, gt=0)
     frames_per_clip: int = Field(default=4, ge=1)
     caption_tokens: int = Field(default=32, ge=3)
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -78,6 +86,30 @@ class DataConfig:
     max_bad_share: float = Field(default=0.75, ge=0, le=1)
     threads: int = Field(default=4, ge=1)
     prefetch_batches: int = Field(default=3, ge=1)
+
+    @field_validator("evaluation")
+    @classmethod
+    def _names_differ(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+        for name, count in Counter(source.name for source in sources).items():
+            if count > 1:
+                raise ValueError(
+                    f"{count} sets have the name {name!r}, and results are kept by name; give each a name of "
+                    "its own"
+                )
+        return sources
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _shares_rise(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        low, high = scale
+        if not 0 < low <= high <= 1:
+            raise ValueError("the least and the greatest share of the area: write 0 < least <= greatest <= 1")
+        return scale
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of heads {heads}; change one of them")
 
 
 @dataclass(**_OPTIONS)
@@ -103,8 +135,7 @@ class VideoEncoderConfig:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        _check_heads(self.width, self.heads)
 
     @property
     def grid(self) -> int:
@@ -131,6 +162,8 @@ class TextEncoderConfig:
     def __post_init__(self) -> None:
         if self.weights is None and self.tokenizer is None:
             raise ValueError("needs `weights` (a name or folder with its tokenizer) or a `tokenizer` folder")
+        if self.weights is None:
+            _check_heads(self.width, self.heads)
 
     @property
     def tokenizer_source(self) -> str:
@@ -194,8 +227,16 @@ class ContrastConfig:
     """
 
     temperature: float = Field(default=0.05, gt=0)
-    grad_scale: float | Literal["official"] = 1.0
+    grad_scale: Annotated[float, Field(gt=0)] | Literal["official"] = 1.0
     clip: Literal["visible", "full"] = "visible"
+
+    @field_validator("grad_scale", mode="wrap")
+    @classmethod
+    def _either(cls, value: Any, parse: Callable[[Any], Any]) -> Any:
+        try:
+            return parse(value)
+        except ValidationError:
+            raise ValueError("must be a finite number greater than 0, or official") from None
 
 
 @dataclass(**_OPTIONS)
@@ -205,6 +246,9 @@ class PredictorConfig:
     width: int = Field(default=384, ge=1)
     depth: int = Field(default=2, ge=1)
     heads: int = Field(default=6, ge=1)
+
+    def __post_init__(self) -> None:
+        _check_heads(self.width, self.heads)
 
 
 @dataclass(**_OPTIONS)
@@ -273,16 +317,16 @@ class RunConfig:
     on_save_error: Literal["stop", "continue"] = "stop"
     max_skipped_steps: int = Field(default=10, ge=1)
     max_rollbacks: int = Field(default=3, ge=0)
-    spike_factor: float | None = Field(default=None, gt=1, allow_inf_nan=False)
-    min_target_std: float = Field(default=0.01, ge=0, allow_inf_nan=False)
-    hang_seconds: float = Field(default=1800.0, ge=0, allow_inf_nan=False)
+    spike_factor: float | None = Field(default=None, gt=1)
+    min_target_std: float = Field(default=0.01, ge=0)
+    hang_seconds: float = Field(default=1800.0, ge=0)
     init_from: str | None = None
-    freeze: list[str] = Field(default_factory=list)
-    lr_scale: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    freeze: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     compile: bool = False
     cuda_graphs: bool = False
     precision: Literal["fp8"] | None = None
-    activation_memory_budget: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
+    activation_memory_budget: float = Field(default=1.0, ge=0, le=1)
 
 
 @dataclass(**_OPTIONS)

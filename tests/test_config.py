@@ -45,6 +45,27 @@ def test_overrides_reach_nested_keys_and_list_items(tmp_path):
         ("data.train.0.weight=.inf", r"data.train.0.weight = inf: .*finite"),
         ("data.cache_gib=0", r"data.cache_gib = 0"),
         ("run.steps=many", r"run.steps = 'many'"),
+        ("run.freeze=['']", r"run.freeze.0 = '': .*at least 1 character"),
+        ("data.crop_scale=[2, 1]", r"data.crop_scale = \[2, 1\]: .*0 < least <= greatest <= 1"),
+        ("data.crop_scale=[-1, 0]", r"data.crop_scale = \[-1, 0\]: .*0 < least"),
+        ("data.crop_scale=[0.5, .nan]", r"data.crop_scale.1 = nan: .*finite"),
+        ("method.predictor.width=33", r"method.predictor: width 33 is not a multiple of heads 6; change one"),
+        ("model.text.heads=3", r"model.text: width 16 is not a multiple of heads 3"),
+        ("method.contrast.grad_scale=.nan", r"method.contrast.grad_scale = nan: .*finite.*official"),
+        ("method.contrast.grad_scale=-1", r"method.contrast.grad_scale = -1: .*greater than 0"),
+        ("method.contrast.grad_scale=0", r"method.contrast.grad_scale = 0: .*greater than 0"),
+        ("method.contrast.temperature=.inf", r"method.contrast.temperature = inf: .*finite"),
+        ("method.regression.weight=.inf", r"method.regression.weight = inf: .*finite"),
+        ("run.lr_scale={video_model: .inf}", r"run.lr_scale.video_model = inf: .*finite"),
+        ("run.spike_factor=.inf", r"run.spike_factor = inf: .*finite"),
+        (
+            "data.evaluation=[{shards: [a.tar], name: x}, {shards: [b.tar], name: x}]",
+            r"data.evaluation = .*2 sets have the name 'x'.*give each a name of its own",
+        ),
+        (
+            "data.evaluation=[{shards: [a.tar]}, {shards: [b.tar]}]",
+            r"data.evaluation = .*2 sets have the name 'train'",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, override, message):
@@ -53,6 +74,23 @@ def test_mistakes_are_named(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(path, [override])
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.evaluation=[{shards: [a.tar]}]",
+        "data.train=[{shards: [a.tar]}, {shards: [b.tar]}]",  # which nothing is kept by
+        "data.crop_scale=[1, 1]",
+        "method.contrast.grad_scale=0.25",
+        "method.contrast.grad_scale=1e-3",  # a text in YAML 1.1
+        "method.contrast.grad_scale=official",
+    ],
+)
+def test_what_may_be_written_so(tmp_path, override):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tiny_tree(tmp_path)))
+    load_config(path, [override])
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from miles_fast.config import Config
 from miles_fast.data.loader import EvaluationLoader
+from miles_fast.data.sources import open_shards
 from miles_fast.distributed import logger
 from miles_fast.evaluation.retrieval import evaluate_retrieval
 from miles_fast.models.dual_encoder import DualEncoder
@@ -19,10 +20,13 @@ from miles_fast.models.text_encoder import load_tokenizer
 def validation(config: Config, batch: int) -> Callable[[DualEncoder, torch.device], dict[str, Any]] | None:
     """What the training loop calls: (model, device) -> a retrieval result, as a dict, for each set's name.
 
-    None for a config without evaluation sets. The loaders are opened at the first call and kept.
+    None for a config without evaluation sets. Raises ShardError at once, not hours into the run, for one
+    whose shards cannot be used. The loaders are opened at the first call and kept.
     """
     if not config.data.evaluation:
         return None
+    for source in config.data.evaluation:
+        open_shards(source, config.data)
     tokenizer = load_tokenizer(config.model.text.tokenizer_source)
     loaders: list[EvaluationLoader] = []
 

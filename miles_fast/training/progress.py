@@ -104,15 +104,24 @@ def process_seconds() -> float:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """All records of a run's log.jsonl."""
-    with open(run / "log.jsonl") as file:
-        return [json.loads(line) for line in file]
+    """All records of a run's log.jsonl. Raises ValueError for a line that is none."""
+    path = run / "log.jsonl"
+    return [_record(path, *numbered) for numbered in enumerate(path.read_bytes().splitlines(), start=1)]
 
 
 def _cut(path: Path, first_step: int) -> None:
-    lines = path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # a full disk cuts the last one
-    write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= first_step))
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]  # a full disk cuts the last one
+    steps = [_record(path, number, line)["step"] for number, line in enumerate(whole, start=1)]
+    kept = [line for line, step in zip(whole, steps, strict=True) if step <= first_step]
+    write_whole(path, b"".join(kept).decode())
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(line.decode())
+    except ValueError as error:
+        raise ValueError(f"{path}: line {number} is not a record ({error}); delete that line") from error
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

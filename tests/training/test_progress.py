@@ -1,4 +1,4 @@
-"""The step log on a disk that is full."""
+"""The step log: on a disk that is full, and with lines that are no records."""
 
 import errno
 import logging
@@ -64,3 +64,11 @@ def test_tensorboard_is_left_out_when_it_cannot_write(log, tmp_path, caplog):
         log.write(2, {"loss": 2.0})
     assert caplog.text.count("only log.jsonl goes on") == 1
     assert len(read_log(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"{"], ids=["bytes", "json"])
+@pytest.mark.parametrize("read", [read_log, lambda run: StepLog(run, 2, 9)], ids=["read", "resumed"])
+def test_a_line_that_is_no_record_is_named(tmp_path, read, line):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl: line 2 is not a record .*delete that line"):
+        read(tmp_path)
