@@ -121,6 +121,10 @@ def check_ds_config(
         # after eight layers. It lets go of gathered weights until backward, which compiled layers do anyway.
         tree["zero_optimization"].setdefault("memory_efficient_linear", False)
     _check_lr_scale(tree, source, config)
+    adam = tree["optimizer"]["type"].lower() in ("adam", "adamw")
+    if adam and not cuda and "offload_optimizer" not in tree["zero_optimization"]:
+        # DeepSpeed's own would be compiled first, which takes minutes and, once killed, waits forever.
+        tree["optimizer"].setdefault("params", {}).setdefault("torch_adam", True)
     tree.setdefault("steps_per_print", 10**9)
     # DeepSpeed's own throughput, which nothing prints, would have the host wait for the GPU twice a step.
     tree.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)

@@ -60,8 +60,8 @@ def pretrain(
 ) -> None:
     """Train to `config.run.steps` optimizer steps.
 
-    `resume` is `auto`, a run's folder or a checkpoint; where none is found or asked for, an earlier run in
-    the same folder is moved aside. `trust_checkpoint` lets DeepSpeed's pickles be loaded. Raises Stopped,
+    `resume` is `auto`, a run's folder or a checkpoint; an earlier run in the same folder that is not the
+    one gone on with is moved aside. `trust_checkpoint` lets DeepSpeed's pickles be loaded. Raises Stopped,
     after a checkpoint, where a signal asked for it. `evaluate(model, device)` is called on all ranks every
     `run.evaluate_every` steps and at the end. `deal(loader, first_step)` gives the batches; benchmarks put
     others in the loader's place.
@@ -77,7 +77,8 @@ def pretrain(
             checkpoint = find_checkpoint(run, resume) if resume else None
             state = read_state(checkpoint, config) if checkpoint else {"step": 0}
             first_step = state["step"]
-            prepare_folder(run, config, keep=checkpoint is not None)
+            goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(run.resolve())
+            prepare_folder(run, config, keep=goes_on)
             torch.manual_seed(config.run.seed)
             watchdog.report("building the model")
             tokenizer = load_tokenizer(config.model.text.tokenizer_source)

@@ -237,3 +237,12 @@ def test_what_deepspeed_refuses_is_said_with_the_file(root, changes, said):
     init_process_group()
     with pytest.raises(ConfigError, match=f"ds.json: DeepSpeed refuses it: .*{said}"):
         build_engine(Net(), settings)
+
+
+def test_adam_is_torchs_without_a_gpu_unless_the_json_says_otherwise(root):
+    def params(cuda, **changes):
+        tree = ds_tree(stage=1) | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, **changes}}}
+        return check_ds_config(tree, "ds", tiny_config(root), cuda=cuda, ranks=1).tree["optimizer"]["params"]
+
+    assert params(False)["torch_adam"] is True and params(False, torch_adam=False)["torch_adam"] is False
+    assert "torch_adam" not in params(True)

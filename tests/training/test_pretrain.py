@@ -214,6 +214,8 @@ def test_an_earlier_run_is_moved_aside(root, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     train(config, resume="auto")  # from the start: there is nothing to go on from
     assert read_log(tmp_path / "run.old-2")
+    train(config, resume=str(tmp_path / "run.old-1"))  # a run from elsewhere takes no other one's place
+    assert (tmp_path / "run.old-3" / "checkpoints" / "latest").exists()
 
 
 def test_another_architecture_is_refused_with_the_difference(root, tmp_path):
