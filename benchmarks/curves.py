@@ -19,9 +19,14 @@ SMOOTHED = 20  # steps of the running mean that two seeds' losses are compared b
 
 
 def measure_curves(experiment: Experiment, compared: Sequence[Variant] = COMPARED) -> dict[str, list[float]]:
-    """Loss of every step, by variant; the first is the reference."""
+    """Loss of every step, by variant; the first is the reference.
+
+    Raises ConfigError before the first step where one of them cannot be run.
+    """
     # Compilers draw it in another order.
     experiment = replace(experiment, overrides=[*experiment.overrides, "model.text.dropout=0"])
+    for variant in compared:
+        experiment.configs(variant)
     curves = {}
     for variant in compared:
         records, _ = train_variant(variant, experiment, log_every=1)

@@ -50,6 +50,7 @@ from miles_fast.distributed import configure_logging
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
 from miles_fast.training.engine import init_process_group
 from miles_fast.training.loop import pretrain
+from miles_fast.training.signals import exit_with_status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -199,6 +200,29 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
 }
 
 
+def above_zero(kind: type) -> Callable[[str], Any]:
+    """What reads an option that is a number above 0."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text}: write a number above 0")
+        return value
+
+    return number
+
+
+def read_micro(file: Path | None) -> dict[str, Any]:
+    """micro.py's figures, if any. Raises ValueError where the file holds something else."""
+    try:
+        micro = json.loads(file.read_bytes()) if file else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not json ({error}); name the --json of benchmarks/micro.py") from error
+    if not isinstance(micro, dict) or (file and "timings" not in micro):
+        raise ValueError(f"{file}: holds no timings; name the --json of benchmarks/micro.py")
+    return micro
+
+
 def arguments() -> argparse.ArgumentParser:
     """What this program takes."""
     parser = argparse.ArgumentParser(
@@ -207,7 +231,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=[*PROGRAMS, "all"])
     parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
     parser.add_argument("--ds_config", default=str(ROOT / "ds.json"))
-    parser.add_argument("--batches", type=int, default=50, help="batches, passes or steps that are timed")
+    count, seconds = above_zero(int), above_zero(float)
+    parser.add_argument("--batches", type=count, default=50, help="batches, passes or steps that are timed")
     parser.add_argument(
         "--videos",
         nargs="+",
@@ -216,12 +241,12 @@ def arguments() -> argparse.ArgumentParser:
         help="mp4 shards: loader gives them to torch's DataLoader, decoders prepares them in each way",
     )
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="decoders: keep what is prepared here")
-    parser.add_argument("--rival-seconds", type=float, default=10.0, help="for each rival or decoder")
-    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2], metavar="N", help="for scaling")
+    parser.add_argument("--rival-seconds", type=seconds, default=10.0, help="for each rival or decoder")
+    parser.add_argument("--gpus", nargs="+", type=count, default=[1, 2], metavar="N", help="for scaling")
     parser.add_argument(
         "--singles", action="store_true", help="for scaling: each GPU alone too, all at the same time"
     )
-    parser.add_argument("--saves", type=int, default=4, help="saves: so many among the --batches steps")
+    parser.add_argument("--saves", type=count, default=4, help="saves: so many among the --batches steps")
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument("--alone", action="store_true", help="step, model: nothing beside it")
     beside.add_argument("--ablate", action="store_true", help="step: each optimisation switched off in turn")
@@ -231,7 +256,7 @@ def arguments() -> argparse.ArgumentParser:
         help="step, curves: the linear layers in bf16 and fp8; curves: and in bf16 with another seed",
     )
     beside.add_argument(
-        "--profile", type=int, default=0, metavar="N", help="what N steps more consist of; step: instead"
+        "--profile", type=count, default=0, metavar="N", help="what N steps more consist of; step: instead"
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--report", type=Path, metavar="PAGE", help="also draw them on a html page")
@@ -245,6 +270,9 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     options = arguments().parse_intermixed_args()
     configure_logging()
+    micro = read_micro(options.micro)
+    for file in filter(None, (options.json, options.report)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     config = load_config(options.config, options.overrides)
     settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
     if config.data.demo_corpus:
@@ -267,7 +295,6 @@ def main() -> int:
         if options.json:
             options.json.write_text(json.dumps({**head, **figures}, indent=2) + "\n")
     if options.report:
-        micro = json.loads(options.micro.read_text()) if options.micro else {}
         write_page(options.report, head, {**figures, "micro": micro})
     return int(any("error" in row for row in figures.get("step", [])))
 
@@ -283,4 +310,4 @@ def _printed(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with_status(lambda: sys.exit(main()))

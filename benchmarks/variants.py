@@ -25,7 +25,7 @@ from loader_stages import WARMUP
 from miles_fast.config import Config, load_config
 from miles_fast.distributed import logger
 from miles_fast.models.flops import training_flops
-from miles_fast.training.ds_config import check_ds_config
+from miles_fast.training.ds_config import EngineSettings, check_ds_config
 from miles_fast.training.loop import pretrain
 from miles_fast.training.memory_report import memory_error
 from miles_fast.training.progress import read_log
@@ -53,10 +53,16 @@ _EAGER = (
     "run.activation_memory_budget=1",
     "run.precision=null",
 )
+_IN_BF16 = {"bf16": {"enabled": True}}  # what `auto` is on a GPU only
 CONFIGURED = Variant(name="as configured")
 BASELINES = (
     Variant(name="eager, SDPA", overrides=(*_EAGER, "model.attention=sdpa"), plain_ops=PLAIN_OPS),
-    Variant(name="as published, bf16", overrides=(*_EAGER, "model.attention=eager"), plain_ops=PLAIN_OPS),
+    Variant(
+        name="as published, bf16",
+        overrides=(*_EAGER, "model.attention=eager"),
+        ds=_IN_BF16,
+        plain_ops=PLAIN_OPS,
+    ),
     Variant(
         name="as published, fp32",
         overrides=(*_EAGER, "model.attention=eager"),
@@ -64,8 +70,8 @@ BASELINES = (
         plain_ops=PLAIN_OPS,
     ),
 )
-BF16 = Variant(name="bf16 linear layers", overrides=("run.precision=null",))
-FP8 = Variant(name="fp8 linear layers", overrides=("run.precision=fp8",))
+BF16 = Variant(name="bf16 linear layers", overrides=("run.precision=null",), ds=_IN_BF16)
+FP8 = Variant(name="fp8 linear layers", overrides=("run.precision=fp8",), ds=_IN_BF16)
 ABLATIONS = (
     Variant(name="no torch.compile", overrides=("run.compile=false", "run.activation_memory_budget=1")),
     BF16,
@@ -88,7 +94,7 @@ def ablations(config_file: str, overrides: Sequence[str]) -> list[Variant]:
     return [
         one
         for one in ABLATIONS
-        if one.plain_ops or one.ds or load_config(config_file, [*overrides, *one.overrides]) != configured
+        if not one.overrides or load_config(config_file, [*overrides, *one.overrides]) != configured
     ]
 
 
@@ -101,9 +107,12 @@ class Experiment:
     ds_tree: dict[str, Any]
     steps: int
 
-    def config(self, variant: Variant, *more: str) -> Config:
-        """The variant's."""
-        return load_config(self.config_file, [*self.overrides, *variant.overrides, *more])
+    def configs(self, variant: Variant, *more: str) -> tuple[Config, EngineSettings]:
+        """The variant's, checked. Raises ConfigError where it cannot be run."""
+        overrides = [*self.overrides, *variant.overrides, f"run.steps={self.steps}", *more]
+        config, tree = load_config(self.config_file, overrides), _merged(self.ds_tree, variant.ds)
+        cuda = torch.cuda.is_available()
+        return config, check_ds_config(tree, "ds config", config, cuda=cuda, ranks=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +185,7 @@ def _measure(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row:
     medians = {
         name: statistics.median(r[name] for r in records) if name in records[0] else None for name in names
     }
-    config = experiment.config(variant)
+    config, _ = experiment.configs(variant)
     data = config.data
     flops = training_flops(config.model, config.method, data.frames_per_clip, data.caption_tokens)
     batch = experiment.ds_tree["train_micro_batch_size_per_gpu"]
@@ -195,19 +204,15 @@ def train_variant(
     variant: Variant, experiment: Experiment, *, log_every: int
 ) -> tuple[list[dict[str, Any]], EnergyMeter]:
     """Records of a training run's log, and what the driver told behind the warm-up."""
-    cuda = torch.cuda.is_available()
     torch._dynamo.reset()
     gc.collect()
-    if cuda:
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, ops(plain=variant.plain_ops):
-        steps = experiment.steps
-        run = [f"run.steps={steps}", f"run.folder={folder}/run", f"run.log_every={log_every}"]
-        config = experiment.config(variant, *run)
-        tree = _merged(experiment.ds_tree, variant.ds)
-        settings = check_ds_config(tree, "ds config", config, cuda=cuda, ranks=1)
-        meter = EnergyMeter(WARMUP * settings.accumulation, steps * settings.accumulation)
+        run = (f"run.folder={folder}/run", f"run.log_every={log_every}")
+        config, settings = experiment.configs(variant, *run)
+        meter = EnergyMeter(WARMUP * settings.accumulation, experiment.steps * settings.accumulation)
         pretrain(config, settings, deal=meter.deal)
         records = [record for record in read_log(Path(config.run.folder)) if "loss" in record]
     return records, meter

@@ -9,16 +9,38 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from miles_fast.config import load_config
+from miles_fast.config import Config, load_config
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
-from miles_fast.training.planning import Links, Measured, Plan, model_sizes, plan, rank_spread
+from miles_fast.training.planning import (
+    Links,
+    Measured,
+    Plan,
+    differences,
+    model_sizes,
+    plan,
+    rank_spread,
+)
 
 ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What is planned for, and the files that say so."""
+
+    config: Config
+    config_file: str
+    settings: EngineSettings
+    ds_config: str
 
 
 def main() -> None:
@@ -28,18 +50,25 @@ def main() -> None:
     parser.add_argument("--measured", nargs="+", required=True, metavar="GPUS=FILE")
     parser.add_argument("--config", default=str(ROOT / "configs" / "stage2.yaml"))
     parser.add_argument("--ds_config", default=str(ROOT / "ds" / "zero1.json"))
-    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 8, 16, 64, 256, 1024])
-    parser.add_argument("--gpus-per-host", type=int, default=8)
-    parser.add_argument("--nvlink", type=float, default=450.0, help="GB/s of a GPU, one direction")
-    parser.add_argument("--network", type=float, default=50.0, help="GB/s of a GPU between hosts")
-    parser.add_argument("--link-efficiency", type=float, default=0.75, help="share of it that NCCL reaches")
-    parser.add_argument("--hidden", type=float, default=0.0, help="share of communication behind the passes")
-    parser.add_argument("--vocabulary", type=int, default=30522, help="of the tokenizer")
+    count = option(int, lambda number: number >= 1, "a whole number, 1 or greater")
+    rate = option(float, lambda number: 0 < number < math.inf, "a number above 0")
+    reached = option(float, lambda share: 0 < share <= 1, "a share above 0, 1 at most")
+    hidden = option(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
+    parser.add_argument("--gpus", nargs="+", type=count, default=[1, 2, 8, 16, 64, 256, 1024])
+    parser.add_argument("--gpus-per-host", type=count, default=8)
+    parser.add_argument("--nvlink", type=rate, default=450.0, help="GB/s of a GPU, one direction")
+    parser.add_argument("--network", type=rate, default=50.0, help="GB/s of a GPU between hosts")
+    parser.add_argument("--link-efficiency", type=reached, default=0.75, help="share of it that NCCL reaches")
+    parser.add_argument("--hidden", type=hidden, default=0.0, help="share of communication behind the passes")
+    parser.add_argument("--vocabulary", type=count, default=30522, help="of the tokenizer")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     settings = read_ds_config(options.ds_config, config, cuda=True, ranks=1)
-    measured = dict(_measurement(text, settings, options.ds_config) for text in options.measured)
+    planned = Planned(
+        config=config, config_file=options.config, settings=settings, ds_config=options.ds_config
+    )
+    measured = dict(_measurement(text, planned) for text in options.measured)
     if 1 not in measured:
         raise ValueError("--measured: one of them must be of one GPU, 1=FILE")
     sizes = model_sizes(config, options.vocabulary)
@@ -65,37 +94,115 @@ def main() -> None:
         print(_row(predict(gpus, spread=spread), seen, fitted=gpus == several))
 
 
-def _measurement(text: str, settings: EngineSettings, ds_config: str) -> tuple[int, Measured]:
-    gpus, equals, file = text.partition("=")
-    if not equals or not gpus.isdigit() or not int(gpus):
+def option(kind: type, allowed: Callable[[Any], bool], meant: str) -> Callable[[str], Any]:
+    """What reads an option that is a number of this kind, where it is allowed."""
+
+    def read(text: str) -> Any:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not allowed(number):
+            raise argparse.ArgumentTypeError(f"{text!r}: write {meant}")
+        return number
+
+    return read
+
+
+def _measurement(text: str, planned: Planned) -> tuple[int, Measured]:
+    number, equals, file = text.partition("=")
+    if not equals or not number.isdecimal() or not int(number):
         raise ValueError(f"--measured {text}: write GPUS=FILE, as in 1=runs/stage2/log.jsonl")
-    text, batch = Path(file).read_text(), settings.batch
+    gpus, path, settings = int(number), Path(file), planned.settings
+    records = _rows(path, gpus, planned) if path.suffix == ".json" else _log(path, gpus, planned)
+    if not records:
+        raise ValueError(
+            f"{path}: holds no clips_per_second above 0 of {gpus} GPUs; name a run's log.jsonl, or the "
+            "--json of benchmarks/throughput.py scaling or step"
+        )
+    speed = statistics.median(record["clips_per_second"] for record in records)
+    seconds = settings.batch * settings.accumulation * gpus / speed
+    memory = max((r["memory_gib"] for r in records if _is_above_zero(r.get("memory_gib"))), default=None)
+    return gpus, Measured(clips_per_second=speed, step_seconds=seconds, memory_gib=memory)
+
+
+def _rows(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
+    """The row of so many GPUs of what throughput.py wrote."""
+    batch = planned.settings.batch
     try:
-        if Path(file).suffix == ".json":
-            tree = json.loads(text)
-            batch = tree.get("batch", batch)
-            scaling = [row for row in tree.get("scaling", []) if row["gpus"] == int(gpus)]
-            records = scaling or (tree.get("step", [])[:1] if gpus == "1" else [])
-        else:
-            records = [json.loads(line) for line in text.splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{file}: not json ({error})") from error
-    if batch != settings.batch:
+        tree = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not json ({error})") from error
+    try:
+        rows = [row for row in tree.get("scaling", []) if row.get("gpus") == gpus]
+        rows = rows or (tree.get("step", [])[:1] if gpus == 1 else [])
+        batches = [tree.get("batch", batch), *(row.get("batch", batch) for row in rows)]
+    except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"{file}: measured with {batch} clips a GPU, but {ds_config} has "
-            f"train_micro_batch_size_per_gpu = {settings.batch}; name the measured one with --ds_config"
-        )
-    records = [r for r in records if "clips_per_second" in r]
-    steady = records[len(records) // 3 :]  # behind compiling and warming up
-    if not steady:
+            f"{path}: not what benchmarks/throughput.py writes ({error}); name the --json of its scaling or "
+            "step"
+        ) from error
+    if other := [measured for measured in batches if measured != batch]:
         raise ValueError(
-            f"{file}: holds no clips_per_second of {gpus} GPUs; name a run's log.jsonl, or the --json of "
-            "benchmarks/throughput.py scaling or step"
+            f"{path}: measured with {other[0]} clips a GPU, but {planned.ds_config} has "
+            f"train_micro_batch_size_per_gpu = {batch}; name the measured one with --ds_config"
         )
-    speed = statistics.median(r["clips_per_second"] for r in steady)
-    memory = max((r["memory_gib"] for r in steady if r.get("memory_gib") is not None), default=None)
-    seconds = settings.batch * settings.accumulation * int(gpus) / speed
-    return int(gpus), Measured(clips_per_second=speed, step_seconds=seconds, memory_gib=memory)
+    return [row for row in rows if _is_above_zero(row.get("clips_per_second"))]
+
+
+def _log(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
+    """The records of a run's log that hold its speed, behind compiling and warming up."""
+    *lines, _ = _text(path).split("\n")  # a full disk cuts the last one, which is empty otherwise
+    records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
+    records = [record for record in records if _is_above_zero(record.get("clips_per_second"))]
+    records = records[len(records) // 3 :]
+    _check_config(path, planned)
+    _check_clips(path, records, gpus, planned)
+    return records
+
+
+def _check_config(path: Path, planned: Planned) -> None:
+    file = path.with_name("config.json")
+    if file.is_file() and (changed := differences(load_config(file), planned.config)):
+        raise ValueError(
+            f"{path}: measured with another config than {planned.config_file} (measured -> planned): "
+            f"{'; '.join(changed)}. Plan with --config {file}, or name a log of what is planned"
+        )
+
+
+def _check_clips(path: Path, records: list[dict[str, Any]], gpus: int, planned: Planned) -> None:
+    timed = [record for record in records if _is_above_zero(record.get("step_milliseconds"))]
+    if not timed:
+        return
+    clips = round(statistics.median(r["clips_per_second"] * r["step_milliseconds"] / 1000 for r in timed))
+    batch, accumulation = planned.settings.batch, planned.settings.accumulation
+    if clips != batch * accumulation * gpus:
+        raise ValueError(
+            f"{path}: measured with {clips} clips a step, but train_micro_batch_size_per_gpu x "
+            f"gradient_accumulation_steps of {planned.ds_config} are {batch} x {accumulation} on each of "
+            f"{gpus} GPUs; name the measured one with --ds_config, and as many GPUs as that run had"
+        )
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {number} is not a record ({error.msg}); delete that line") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: line {number} is not a record ({line:.40}); delete that line")
+    return record
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8 ({error}); name a log.jsonl or json") from error
+
+
+def _is_above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def _row(found: Plan, seen: Measured | None, *, fitted: bool) -> str:

@@ -11,10 +11,11 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from miles_fast.config import Config
+from miles_fast.config import Config, ModelConfig, model_difference, to_dict
 from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.objective import Objective
@@ -79,9 +80,7 @@ class Plan:
 
 def model_sizes(config: Config, vocabulary_size: int) -> Sizes:
     """Count parameters without allocating them; a text tower given by name is taken to have DistilBERT's."""
-    text = dataclasses.replace(config.model.text, weights=None, tokenizer="counted only")
-    video = dataclasses.replace(config.model.video, weights=None)
-    model = dataclasses.replace(config.model, text=text, video=video)
+    model = _without_files(config.model)
     with torch.device("meta"):
         objective = Objective(
             build_dual_encoder(model, vocabulary_size), config.method, config.data.frames_per_clip
@@ -92,6 +91,28 @@ def model_sizes(config: Config, vocabulary_size: int) -> Sizes:
         trained=sum(p.numel() for p in objective.parameters()),
         snapshot=snapshot if config.method.view != "none" else 0,
     )
+
+
+def differences(measured: Config, planned: Config) -> list[str]:
+    """Lines `key: measured -> planned` of what decides how long a step takes and what it holds."""
+    return [
+        line
+        for section, old in _deciding(measured).items()
+        for line in model_difference(old, _deciding(planned)[section], section)
+    ]
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    return {
+        "model": to_dict(_without_files(config.model)),
+        "data": {name: getattr(config.data, name) for name in ("frames_per_clip", "caption_tokens")},
+        "method": {"view": config.method.view},
+    }
+
+
+def _without_files(model: ModelConfig) -> ModelConfig:
+    text = dataclasses.replace(model.text, weights=None, tokenizer="counted only")
+    return dataclasses.replace(model, text=text, video=dataclasses.replace(model.video, weights=None))
 
 
 def state_bytes(sizes: Sizes, settings: EngineSettings, gpus: int) -> float:

@@ -62,6 +62,56 @@ def videos(root):
     return [str(path) for path in corpus.train_tars]
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["loader", "--batches", "0"], "--batches: 0: write a number above 0"),
+        (["saves", "--saves", "0"], "--saves: 0: write"),
+        (["step", "--profile", "-1"], "--profile: -1: write"),
+        (["loader", "--rival-seconds", "nan"], "--rival-seconds: nan: write"),
+        (["scaling", "--gpus", "1", "0"], "--gpus: 0: write"),
+        (["scaling", "--gpus", "-3"], "--gpus: -3: write"),
+        (["scaling", "--gpus", "two"], "--gpus: invalid number value: 'two'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, options, said):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import throughput
+
+    with pytest.raises(SystemExit, match="2"):
+        throughput.arguments().parse_intermixed_args(options)
+    assert said in capsys.readouterr().err
+
+
+def test_an_error_of_the_user_is_one_line(root):
+    done = run(str(BENCHMARKS / "throughput.py"), "loader", "--config", "nope.yaml", cwd=root, timeout=100)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: nope.yaml: no such config file")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (None, "micro.json"),
+        ("{", "micro.json: not json"),
+        ("[]", "micro.json: holds no timings"),
+        ("{}", "micro"),
+    ],
+)
+def test_the_roofline_is_read_before_anything_is_measured(tmp_path, root, monkeypatch, text, said):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import throughput
+
+    if text is not None:
+        (tmp_path / "micro.json").write_text(text)
+    monkeypatch.setitem(throughput.PROGRAMS, "model", lambda *_: pytest.fail("measured"))
+    files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
+    options = ["--micro", str(tmp_path / "micro.json"), "--report", str(tmp_path / "page.html")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "model", *files, *options])
+    with pytest.raises((ValueError, OSError), match=said):
+        throughput.main()
+
+
 def test_loader_beside_its_rivals(root, videos):
     printed, figures = call(root, "loader", "--rival-seconds", "0.5", "--videos", *videos)
     rates = [value for name, value in figures.items() if name.endswith("per_second")]
@@ -83,8 +133,9 @@ def test_loss_as_configured_follows_the_published_one(root):
     printed, found = call(root, "curves", "--report", str(page))
     reference, in_bf16, configured = found.values()
     assert len(reference) == 3 and len(set(reference)) == 3
-    # All three compute in float32 here, and what is left of their differences is their order of summing.
-    assert configured == pytest.approx(reference, rel=1e-4) and in_bf16 == pytest.approx(reference, rel=1e-4)
+    # Two compute in float32 here, and what is left of their difference is their order of summing.
+    assert configured == pytest.approx(reference, rel=1e-4)
+    assert in_bf16 == pytest.approx(reference, rel=1e-2) != pytest.approx(reference, rel=1e-5)
     assert "as configured" in printed and page.read_text().count("<polyline") == 3
 
 
@@ -113,6 +164,31 @@ def test_fp8_is_judged_by_two_seeds(root, monkeypatch):
     assert far.seed_mean == far.seed_largest == pytest.approx(0.1) and not far.within
     assert "fp8 is not within" in curves.verdict(far)
     assert curves.spread({"bf16": level, "other": step, "fp8": [2.1] * 40}).within
+
+
+def test_no_curve_is_trained_where_another_cannot_be(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import curves
+
+    monkeypatch.setattr(curves, "train_variant", lambda *_, **__: pytest.fail("trained"))
+    file = str(root / "tiny.yaml")
+    experiment = curves.Experiment(config_file=file, overrides=[], ds_tree=ds_tree(stage=1), steps=3)
+    with pytest.raises(ValueError, match=r"tiny.yaml: .*width = 24: .* takes multiples of 16"):
+        curves.measure_curves(experiment, curves.fp8_and_seeds(file, []))
+
+
+@pytest.mark.parametrize("enabled", ["auto", True, False])
+def test_rows_compute_in_what_their_names_say(root, monkeypatch, enabled):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from variants import BASELINES, BF16, FP8, Experiment
+
+    tree = ds_tree(stage=1, bf16=enabled)
+    overrides = ["model.video.width=32"]
+    one = Experiment(config_file=str(root / "tiny.yaml"), overrides=overrides, ds_tree=tree, steps=3)
+    named = [row for row in (*BASELINES, BF16, FP8) if re.search(r"bf16|fp8|fp32", row.name)]
+    assert len(named) == 4
+    for row in named:
+        assert one.configs(row)[1].bf16 == ("fp32" not in row.name), row.name
 
 
 def test_spoiled_shards_are_slower_by_a_figure(root):
@@ -227,7 +303,8 @@ def test_ablations_change_one_thing_each(root, monkeypatch):
     names = ["bf16 linear layers", "SDPA for the attention ops", "one reading process"]
     assert [one.name for one in kept if one.overrides] == names  # neither compiled nor in graphs here
 
-    each = [next(one for one in kept if getattr(one, kind)) for kind in ("overrides", "plain_ops", "ds")]
+    assert "bf16 linear layers" not in [one.name for one in variants.ablations(str(root / "tiny.yaml"), [])]
+    each = [kept[0], *(next(one for one in kept[1:] if getattr(one, kind)) for kind in ("plain_ops", "ds"))]
     monkeypatch.setattr(variants, "ABLATIONS", each)
     files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
     options = ["--ablate", "--batches", "1", "--json", str(root / "ablate.json")]
@@ -350,11 +427,14 @@ def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch
     import plan
 
     file, settings = root / "scaling.json", SimpleNamespace(batch=4, accumulation=1)
-    gpus, measured = plan._measurement(f"2={file}", settings, "ds.json")
+    planned = plan.Planned(
+        config=tiny_config(root), config_file="tiny.yaml", settings=settings, ds_config="ds.json"
+    )
+    gpus, measured = plan._measurement(f"2={file}", planned)
     assert gpus == 2 and measured.clips_per_second == rows[-1]["clips_per_second"]
     assert measured.step_seconds == 8 / rows[-1]["clips_per_second"]
-    with pytest.raises(ValueError, match="holds no clips_per_second of 3 GPUs"):
-        plan._measurement(f"3={file}", settings, "ds.json")
+    with pytest.raises(ValueError, match="holds no clips_per_second above 0 of 3 GPUs"):
+        plan._measurement(f"3={file}", planned)
 
 
 def test_what_saves_cost(root, monkeypatch, capsys):

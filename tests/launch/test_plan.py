@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ds_tree, tiny_config
+from tiny import ds_tree, tiny_config, tiny_tree
 
-from miles_fast.config import load_config
+from miles_fast.config import load_config, to_dict
 from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.planning import (
     Links,
@@ -119,3 +119,107 @@ def test_the_program_compares_with_what_was_measured(tmp_path, capsys, monkeypat
     monkeypatch.setattr(sys, "argv", ["plan.py", "--measured", "2=nowhere.jsonl"])
     with pytest.raises(OSError):
         program.main()
+
+
+@pytest.fixture
+def program(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    import plan
+
+    return plan
+
+
+@pytest.fixture
+def measurement(program, tmp_path):
+    """What the program reads of a file, planning the tiny config with 64 clips a GPU."""
+    (tmp_path / "run").mkdir()
+    config = tiny_config(tmp_path)
+    planned = program.Planned(
+        config=config, config_file="tiny.yaml", settings=settings_of(config, 1), ds_config="ds.json"
+    )
+
+    def read(name, content, gpus=1):
+        file = tmp_path / "run" / name
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return program._measurement(f"{gpus}={file}", planned)[1]
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "option, value, said",
+    [
+        *((name, value, "1 or greater") for name in ("gpus", "gpus-per-host") for value in ("0", "-3", "x")),
+        ("vocabulary", "0", "1 or greater"),
+        *((name, value, "above 0") for name in ("nvlink", "network") for value in ("0", "-1", "nan", "inf")),
+        *(("link-efficiency", value, "above 0, 1 at most") for value in ("0", "1.5")),
+        *(("hidden", value, "from 0 to 1") for value in ("3", "-0.1", "nan")),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(program, monkeypatch, capsys, option, value, said):
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--measured", "1=log.jsonl", f"--{option}={value}"])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    err = capsys.readouterr().err
+    assert f"--{option}: '{value}': write a" in err and said in err
+
+
+GOOD = json.dumps({"clips_per_second": 400.0, "step_milliseconds": 160.0, "memory_gib": None}) + "\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.json", "[]", "a.json: not what benchmarks/throughput.py writes"),
+        ("a.json", '{"scaling": 1}', "a.json: not what"),
+        ("a.json", '{"scaling": [1]}', "a.json: not what"),
+        ("a.json", '{"step": {}}', "a.json: not what"),
+        ("a.json", '{"scaling": [{"clips_per_second": 1.0}]}', "a.json: holds no clips_per_second above 0"),
+        ("a.json", '{"scaling": [{"gpus": 1, "clips_per_second": null}]}', "a.json: holds no"),
+        ("a.json", '{"scaling": [{"gpus": 1, "clips_per_second": 0}]}', "a.json: holds no"),
+        ("a.json", '{"batch": 64, "step": [{"clips_per_second": 9.0, "batch": 32}]}', "32 clips a GPU"),
+        ("a.json", b"\xff", "a.json: not text in UTF-8"),
+        ("a.jsonl", b"\xff", "a.jsonl: not text in UTF-8"),
+        ("a.jsonl", GOOD + "[1]\n", r"a.jsonl: line 2 is not a record \(\[1\]\)"),
+        ("a.jsonl", GOOD + GOOD + GOOD[:9] + "\n" + GOOD, "a.jsonl: line 3 is not a record"),
+        ("a.jsonl", '{"clips_per_second": null}\n{"clips_per_second": 0}\n', "a.jsonl: holds no"),
+        ("a.jsonl", '{"clips_per_second": "9"}\n', "a.jsonl: holds no"),
+    ],
+)
+def test_files_that_hold_no_measurement_are_named(measurement, name, content, said):
+    with pytest.raises(ValueError, match=said):
+        measurement(name, content)
+
+
+def test_a_log_whose_last_line_is_cut_is_read(measurement):
+    assert measurement("log.jsonl", GOOD * 3 + GOOD[:20]).clips_per_second == 400
+    zero = json.dumps({"clips_per_second": 0, "step_milliseconds": 1.0}) + "\n"
+    assert measurement("log.jsonl", (GOOD + zero) * 3).step_seconds == 64 / 400
+
+
+def test_a_log_of_another_batch_or_of_more_gpus_is_refused(measurement):
+    assert measurement("log.jsonl", GOOD.replace("400.0", "800.0"), gpus=2).clips_per_second == 800
+    with pytest.raises(
+        ValueError, match="log.jsonl: measured with 64 clips a step.*64 x 1 on each of 2 GPUs"
+    ):
+        measurement("log.jsonl", GOOD, gpus=2)
+    with pytest.raises(
+        ValueError, match="measured with 32 clips a step, but .* of ds.json are .* --ds_config"
+    ):
+        measurement("log.jsonl", GOOD.replace("160.0", "80.0"))
+
+
+def test_a_log_of_another_config_is_refused(measurement, tmp_path):
+    run = tmp_path / "run"
+
+    def write(**sections):
+        (run / "config.json").write_text(json.dumps(to_dict(tiny_config(tmp_path, **sections))))
+
+    text = tiny_tree(tmp_path)["model"]["text"]
+    write(run={"steps": 9}, model={"text": text | {"tokenizer": "elsewhere"}})
+    assert measurement("log.jsonl", GOOD).clips_per_second == 400
+    write(model={"embedding": 32}, data={"frames_per_clip": 1}, method={"view": "B"})
+    changed = "model.embedding: 32 -> 16; data.frames_per_clip: 1 -> 2; method.view: 'B' -> 'A'"
+    said = f"log.jsonl: measured with another config than tiny.yaml .*: {changed}. Plan with --config .*json"
+    with pytest.raises(ValueError, match=said):
+        measurement("log.jsonl", GOOD)
