@@ -60,7 +60,7 @@ def main() -> int:
         if given.pop("look"):
             return look(where["inputs"], Path(where["output"]))
         summary = prepare(options=PreparationOptions(**given), **where)
-    except (PreparationError, ClipListError, ShardError) as error:
+    except (PreparationError, ClipListError, ShardError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
     print(
@@ -73,7 +73,9 @@ def main() -> int:
 
 
 def look(shards: list[str], page: Path) -> int:
-    """Write a page of samples of existing shards."""
+    """Write a page of samples of existing shards. Raises PreparationError, ShardError, OSError."""
+    if page.is_dir():
+        raise PreparationError(f"--output {page} is a folder: name a page in it, {page / 'sample.html'}")
     page.parent.mkdir(parents=True, exist_ok=True)
     write_sample_page(expand_shards(shards), page, seed="look", about=" ".join(shards))
     print(f"wrote {page}")

@@ -44,7 +44,8 @@ class Batch:
 class Quarantine:
     """Counts bad samples by cause and lists each of them once in a JSONL file.
 
-    More than `max_share` of bad samples, counted from a thousand on, ends the run.
+    More than `max_share` of bad samples, counted from a thousand on, ends the run; before, it is warned of
+    once.
     """
 
     def __init__(self, path: Path | None, max_share: float = 1.0) -> None:
@@ -53,17 +54,31 @@ class Quarantine:
         self._seen: set[tuple[str, str]] = set()
         self._by_shard: Counter[str] = Counter()
         self._good = 0
+        self._warned = False
 
     def accept(self, good: int) -> None:
         """Count good samples. Raises ShardError where bad ones exceed their share."""
         self._good += good
         bad = self.counts.total()
-        if bad + self._good >= ENOUGH_SAMPLES and bad > self._max_share * (bad + self._good):
+        if bad <= self._max_share * (bad + self._good):
+            return
+        if bad + self._good >= ENOUGH_SAMPLES:
             shard, most = self._by_shard.most_common(1)[0]
             raise ShardError(
                 f"{bad} of {bad + self._good} samples are unusable ({dict(self.counts)}), {most} of them in "
                 f"{shard}: prepare it again with launch/prepare.py, or raise data.max_bad_share "
                 f"({self._max_share})"
+            )
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%d of %d samples are unusable (%s), more than data.max_bad_share (%s): the run stops if it "
+                "is still so after %d samples",
+                bad,
+                bad + self._good,
+                dict(self.counts),
+                self._max_share,
+                ENOUGH_SAMPLES,
             )
 
     def add(self, bad: list[BadSample]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -54,9 +54,13 @@ def _entries(path: Path, column: str | None) -> Iterator[tuple[tuple[str, ...], 
                     )
                 yield from _pairs(path, file)
                 return
-            rows = _json_rows(path, file) if kind.startswith(".json") else _table_rows(path, file)
-            for number, row in rows:
-                yield _entry(path, number, row, column, table=not kind.startswith(".json"))
+            if kind.startswith(".json"):
+                for number, row in _json_rows(path, file):
+                    yield _entry(path, number, row, column)
+                return
+            table = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+            for number, row in _table_rows(path, table):
+                yield _entry(path, number, row, column, header=table.fieldnames)
     except OSError as error:
         raise ClipListError(f"{path}: cannot be read ({error.strerror}); name the caption file") from error
     except UnicodeDecodeError as error:
@@ -95,15 +99,22 @@ def _pairs(path: Path, file) -> Iterator[tuple[tuple[str, ...], list[str]]]:
         yield names, [cells[0].strip()]
 
 
-def _table_rows(path: Path, file) -> Iterator[tuple[int, object]]:
+def _table_rows(path: Path, table: csv.DictReader) -> Iterator[tuple[int, object]]:
+    kind = path.suffix.lower()[1:]
     # Iterating over the file keeps line separators inside quotes, and millions of rows out of memory.
-    reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     try:
-        for number, row in enumerate(reader, start=1):
+        for number, row in enumerate(table, start=1):
+            surplus = row.pop(None, [])
+            if any(cell.strip() for cell in surplus):
+                width, separators = len(table.fieldnames), "tabs" if kind == "tsv" else "commas"
+                raise ClipListError(
+                    f"{path}: line {table.line_num} has {width + len(surplus)} cells, the header {width}: "
+                    f"put captions with {separators} in quotes"
+                )
             if any(row.values()):  # spreadsheets end in rows of commas
                 yield number, row
     except csv.Error as error:
-        raise ClipListError(f"{path}: line {reader.line_num} is not {path.suffix[1:]} ({error})") from error
+        raise ClipListError(f"{path}: line {table.line_num} is not {kind} ({error})") from error
 
 
 def _json_rows(path: Path, file) -> Iterator[tuple[int | str, object]]:
@@ -133,8 +144,9 @@ def _json_rows(path: Path, file) -> Iterator[tuple[int | str, object]]:
 
 
 def _entry(
-    path: Path, number: int | str, row: object, column: str | None, table: bool
+    path: Path, number: int | str, row: object, column: str | None, header: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], list[str]]:
+    """Names and captions of a row of a table with that header, or of an entry of json."""
     named = row if isinstance(row, dict) else {}
     caption_column, file_columns = column, _FILE_COLUMNS
     if column is not None and column not in named:
@@ -152,11 +164,18 @@ def _entry(
             f"{', '.join(several)}"
         )
     columns = [name for name in file_columns if name != caption_column]
-    name = next((named[column] for column in columns if named.get(column) not in (None, "")), None)
-    if not isinstance(name, (str, int)) or (table and caption_column is None):
+    file_column = next((name for name in columns if named.get(name) not in (None, "")), None)
+    name = named.get(file_column)
+    if not isinstance(name, (str, int)) or (header and caption_column is None):
         found = list(named) if named else type(row).__name__
         raise ClipListError(
             f"{path}: entry {number} needs one of {', '.join(_FILE_COLUMNS)}, and caption; it has {found}"
+        )
+    twice = [used for used in (file_column, caption_column) if header.count(used) > 1]
+    if twice:
+        raise ClipListError(
+            f"{path}: the header names {twice[0]!r} {header.count(twice[0])} times, and only one is read: "
+            "rename or remove the others"
         )
     said = named.get(caption_column)
     captions = [

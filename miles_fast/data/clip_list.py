@@ -15,8 +15,12 @@ __all__ = ["ClipListError", "ListedClip", "list_clips"]
 
 @dataclass(frozen=True, kw_only=True)
 class ListedClip:
-    """One clip as its caption file names it; `file` is the path found in the folder, or None and why not."""
+    """One clip as its caption file names it; `file` is the path found in the folder, or None and why not.
 
+    `listed` is the entry's text, `name` a path.
+    """
+
+    listed: str
     name: str
     file: str | None
     problem: str
@@ -53,7 +57,13 @@ def _find(
 ) -> ListedClip:
     tried = [_look(folder, name, files) for name in names]
     file, problem = next((found for found in tried if found[0] is not None), tried[0])
-    return ListedClip(name=os.path.normpath(names[0]), file=file, problem=problem, captions=tuple(captions))
+    return ListedClip(
+        listed=names[0],
+        name=os.path.normpath(names[0]),
+        file=file,
+        problem=problem,
+        captions=tuple(captions),
+    )
 
 
 def _look(folder: Path, name: str, files: dict[str, list[str]]) -> tuple[str | None, str]:

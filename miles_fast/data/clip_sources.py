@@ -58,12 +58,23 @@ def distinct_keys(source: TarSource | FolderSource, num_samples: int) -> list[st
     for sample in range(num_samples):
         key = source.key(sample)
         if key in first:
-            raise PreparationError(
-                f"{source.describe(first[key])} and {source.describe(sample)} have the same key {key!r} "
-                "(dots and spaces become _): rename one, or prepare them into separate outputs"
-            )
+            raise PreparationError(_repeated(source, first[key], sample))
         first[key] = sample
     return list(first)
+
+
+def _repeated(source: TarSource | FolderSource, first: int, second: int) -> str:
+    """What to do about two samples with one key."""
+    one, two = source.describe(first), source.describe(second)
+    if one != two:
+        return (
+            f"{one} and {two} have the same key {source.key(first)!r} (dots and spaces become _): rename "
+            "one, or prepare them into separate outputs"
+        )
+    if isinstance(source, TarSource):
+        return f"{one} is there twice, with others between: write the shard again, sorted by name"
+    names = [source.clips[sample].listed for sample in (first, second)]
+    return f"{one} is listed twice, as {names[0]!r} and as {names[1]!r}: give both entries one name"
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,18 @@ class FolderSource:
         """What the plan must know of the input beside the samples' keys and identities: the captions."""
         said = json.dumps([clip.captions for clip in self.clips])
         return [hashlib.sha256(said.encode()).hexdigest()]
+
+    def sizes(self, samples: range) -> list[int | str]:
+        """Bytes of each sample's file, or why there is none: a shard made of others is out of date."""
+        return [self._size(self.clips[sample]) for sample in samples]
+
+    def _size(self, clip: ListedClip) -> int | str:
+        if clip.file is None:
+            return clip.problem
+        try:
+            return (self.folder / clip.file).stat().st_size
+        except OSError as error:
+            return str(error.strerror)
 
     def load(self, sample: int) -> SourceClip:
         clip = self.clips[sample]

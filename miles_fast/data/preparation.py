@@ -61,22 +61,24 @@ def prepare(
     """Write frame shards of tars (patterns), or of a folder and its caption file; say what became of them.
 
     `caption_column` names the caption file's column or key where it is not `caption`.
-    Finished shards of an earlier, interrupted call are kept. Raises PreparationError when the output belongs
-    to another plan, keys repeat, the disk is full or no sample is usable; ShardError or ClipListError for
-    unusable input.
+    Finished shards of an earlier, interrupted call are kept, unless files of theirs have come, gone or
+    changed in size since. Raises PreparationError when the output is a file or belongs to another plan, keys
+    repeat, the disk is full or no sample is usable; ShardError or ClipListError for unusable input.
     """
     start = time.monotonic()
     if options.allow_hdr and (lack := missing_tone_map()):
         raise PreparationError(f"HDR videos cannot be mapped: {lack}, or do without --allow-hdr")
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise PreparationError(f"{output} is no folder: name another output")
     source = _source([str(one) for one in inputs], captions, caption_column)
     num_samples, ranges = _shares(source, options)
     plan = _plan(source, num_samples, options)
     with _claimed(output, plan):
-        found = {number: finished_shard(output, number, plan["plan"]) for number in range(len(ranges))}
+        job = Job(source=source, output=output, options=options, plan=plan["plan"])
+        found = {number: finished_shard(job, number, samples) for number, samples in enumerate(ranges)}
         records = {number: record for number, record in found.items() if record}
         missing = {number: samples for number, samples in enumerate(ranges) if number not in records}
-        job = Job(source=source, output=output, options=options, plan=plan["plan"])
         for record in write_shards(job, missing, num_samples):
             records[record["shard"]] = record
         ordered = [records[number] for number in sorted(records)]
@@ -126,6 +128,11 @@ def _source(
                 listed = stack.enter_context(fetched(str(captions), here))
             return FolderSource.open(Path(folders[0]), Path(listed), caption_column)
     if captions is not None:
+        for path in map(local_path, inputs):
+            if path and not os.path.exists(path) and not set("*?[{") & set(path):
+                raise PreparationError(
+                    f"{path}: there is no such folder (working directory {os.getcwd()}): correct the path"
+                )
         raise PreparationError(
             f"--captions {captions} goes with a folder of clips; tars carry their captions"
         )
@@ -171,10 +178,12 @@ def _claim(output: Path, plan: dict) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         if found != plan:
+            same = all(found.get(part) == plan[part] for part in ("samples", "options"))
+            reason = "the clips found, their captions or their tars have changed: " if same else ""
             raise PreparationError(
                 f"{output} was begun with plan {found.get('plan')} ({found.get('samples')} samples, "
                 f"{found.get('options')}), this call has plan {plan['plan']} ({plan['samples']} samples, "
-                f"{plan['options']}): name another output, or delete {output}"
+                f"{plan['options']}): {reason}name another output, or delete {output}"
             )
         return
     strangers = sorted(output.glob("*.tar"))

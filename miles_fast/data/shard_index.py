@@ -27,6 +27,7 @@ _LIMITS = {
     **dict.fromkeys(("txt", "json"), MAX_TEXT_BYTES),
     **dict.fromkeys(("jpg", "jpeg", "png", "webp"), MAX_IMAGE_BYTES),
 }
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"(\xb5/\xfd": "unzstd"}
 
 
 class ShardError(ValueError):
@@ -95,9 +96,24 @@ def _members(tar_path: Path, shown: str) -> Iterator[tuple[str, str, int, int, s
     # 64 bits, names of a terabyte.
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         reason = str(error) or type(error).__name__
-        raise ShardError(
-            f"{shown}: not a complete, uncompressed tar archive ({reason}); {rewrite}"
-        ) from error
+        remedy = _remedy(tar_path, shown) or rewrite
+        raise ShardError(f"{shown}: not a complete, uncompressed tar archive ({reason}); {remedy}") from error
+
+
+def _remedy(tar_path: Path, shown: str) -> str | None:
+    """What to do about a file that was never meant as a plain tar, None if it was."""
+    with open(tar_path, "rb") as file:
+        start = file.read(8)
+    command = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+    if command:
+        return f"it is compressed: {command} it first"
+    name = shown.partition("?")[0]
+    if name.endswith(".tar"):
+        return None
+    return (
+        "its name does not end in .tar: shards are tars; of a folder of videos they are written with "
+        "`python launch/prepare.py FOLDER --captions FILE --output DIR`"
+    )
 
 
 @dataclass
@@ -241,6 +257,8 @@ def load_listing(tar_path: Path, missing_index: str) -> Listing:
         raise ShardError(
             f"{tar_path}: the shard cannot be read ({error.strerror}); correct the path"
         ) from error
+    if tar_path.is_dir():
+        raise ShardError(f"{tar_path} is a folder: write '{tar_path}/*.tar'")
     if not path.exists():
         if missing_index != "build":
             raise ShardError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -24,6 +25,8 @@ from miles_fast.data.locations import shown
 from miles_fast.data.preparation_options import PreparationError, PreparationOptions
 from miles_fast.data.shards import SampleError, ShardError, build_index
 from miles_fast.files import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +137,7 @@ def _write_shard(job: Job, number: int, samples: range | None, tell: Callable[[]
     encode = encode_clip if job.options.layout == "frames" else encode_video
     kept: list[str] = []
     dropped: list[dict] = []
+    sizes = _sizes(job, samples)
     try:
         with (
             _at_hand(job, number, samples) as (source, at_hand),
@@ -154,11 +158,17 @@ def _write_shard(job: Job, number: int, samples: range | None, tell: Callable[[]
                     tell()
         if samples is None:
             tell()
+        _record_path(job.output, number).unlink(missing_ok=True)  # it may be of what is replaced now
         if kept:
             os.replace(partial, path)
             build_index(path)
+        else:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".idx").unlink(missing_ok=True)
         num_bytes = path.stat().st_size if kept else 0
         record = {"plan": job.plan, "shard": number, "bytes": num_bytes, "kept": kept, "dropped": dropped}
+        if sizes is not None:
+            record["sizes"] = sizes
         write_whole(_record_path(job.output, number), json.dumps(record))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -180,14 +190,34 @@ def shard_path(output: Path, number: int) -> Path:
     return output / f"{number:05d}.tar"
 
 
-def finished_shard(output: Path, number: int, plan: str) -> dict | None:
-    """Record of a shard that an earlier call finished and that is still as it left it."""
-    path = shard_path(output, number)
+def _sizes(job: Job, samples: range | None) -> list[int | str] | None:
+    """Sizes of a folder's files, which may be mended between calls; those of tars are part of the plan."""
+    if not isinstance(job.source, FolderSource):
+        return None
+    assert samples is not None
+    return job.source.sizes(samples)
+
+
+def finished_shard(job: Job, number: int, samples: range | None) -> dict | None:
+    """Record of a shard that an earlier call finished, still as it left it, of files of the same sizes."""
+    path = shard_path(job.output, number)
     try:
-        record = json.loads(_record_path(output, number).read_text())
+        record = json.loads(_record_path(job.output, number).read_text())
         whole = not record["kept"] or (
             path.stat().st_size == record["bytes"] and path.with_suffix(".idx").is_file()
         )
     except (OSError, ValueError, KeyError):
         return None
-    return record if whole and record["plan"] == plan else None
+    if not whole or record["plan"] != job.plan:
+        return None
+    sizes = _sizes(job, samples)
+    if record.get("sizes", sizes) != sizes:  # records of earlier versions hold none
+        changed = [
+            job.source.identity(sample)
+            for sample, then, now in zip(samples, record["sizes"], sizes, strict=True)
+            if then != now
+        ]
+        others = f" and {len(changed) - 1} others" if changed[1:] else ""
+        logger.warning("%s is written again: %s%s changed since", path, changed[0], others)
+        return None
+    return record

@@ -18,6 +18,8 @@ WEBVID = "videoid,name,page_idx,page_dir,duration,contentUrl\n"
         ("a.csv", WEBVID + "17,A cat,3,000_050,PT1S,https://x/y.mp4\n", {("000_050/17", "17"): ["A cat"]}),
         ("a.csv", "videoid,name,page_dir\n17,A cat,\n", {("17",): ["A cat"]}),
         ("a.csv", "file,caption\na,x\n,\n", {("a",): ["x"]}),
+        ("a.csv", "file,caption\na,x,,\n,,,\n", {("a",): ["x"]}),
+        ("a.csv", "file,caption,note,note\na,x,1,2\n", {("a",): ["x"]}),
         ("a.tsv", "path\tcaption\na.mp4\tsaid\n", {("a.mp4",): ["said"]}),
         (
             "Train_GCC-training.tsv",
@@ -65,6 +67,14 @@ def test_a_caption_column_is_chosen_by_name(tmp_path):
     [
         ("a.csv", 'file,caption\na,"' + "x" * 200_000, "is not csv.*field larger"),
         ("a.tsv", "x\thttp://a/b.jpg\ny\n", "line 2 has 1 columns"),
+        (
+            "a.csv",
+            "file,caption\na.mp4,a dog, running\n",
+            "line 2 has 3 cells, the header 2: put captions with commas in quotes",
+        ),
+        ("a.tsv", 'file\tcaption\na\t"x\ny"\nb\tx\ty\n', "line 4 has 3 cells.*tabs in quotes"),
+        ("a.csv", "file,caption,caption\na,x,y\n", "'caption' 2 times.*rename"),
+        ("a.csv", "file,file,caption\na,b,y\n", "'file' 2 times"),
         ("a.json", '{"a": 1}', "'a' holds a int"),
         ("a.json", '"text"', "holds a str"),
         ("a.json", '[{"caption": ["x"], "id": 3}]', "entry 1 needs one of file.*it has.*'id'"),

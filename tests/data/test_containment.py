@@ -178,6 +178,25 @@ def test_real_awkward_files_never_end_the_run(root, tmp_path, real_clips):
             assert f"{number:04d}" in bad, (path.name, error)
 
 
+def test_over_the_limit_share_a_short_run_is_warned_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "miles_fast.data.batches.logger.warning", lambda text, *values: said.append(text % values)
+    )
+    quarantine = Quarantine(None, max_share=0.5)
+    bad = BadSample(key="k", shard="bad/7.tar", cause="truncated", message="")
+    quarantine.add([bad] * 4)
+    quarantine.accept(4)
+    assert not said
+    quarantine.add([bad] * 2)
+    quarantine.accept(1)
+    quarantine.accept(0)
+    assert len(said) == 1 and said[0].startswith(
+        "6 of 11 samples are unusable ({'truncated': 6}), more than data.max_bad_share (0.5): the run stops"
+    )
+    assert str(ENOUGH_SAMPLES) in said[0]
+
+
 def test_over_the_limit_share_the_run_stops_and_names_the_shard(root, tmp_path):
     quarantine = Quarantine(None, max_share=0.5)
     bad = BadSample(key="k", shard="bad/7.tar", cause="truncated", message="")

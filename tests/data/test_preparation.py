@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch import prepare as program
 from miles_fast.data import preparation, shard_writing
 from miles_fast.data.clip_list import ClipListError
 from miles_fast.data.clip_sources import safe_key
@@ -140,8 +141,47 @@ def test_changed_captions_are_another_plan(folder, tmp_path):
     (tmp_path / "c.csv").write_text("file,caption\none.two.mp4,said\n")
     prepare([folder], tmp_path / "out", alone(), tmp_path / "c.csv")
     (tmp_path / "c.csv").write_text("file,caption\none.two.mp4,corrected\n")
-    with pytest.raises(PreparationError, match="another output"):
+    with pytest.raises(PreparationError, match="captions or their tars have changed: name another output"):
         prepare([folder], tmp_path / "out", alone(), tmp_path / "c.csv")
+
+
+def test_mended_files_are_prepared_again(folder, tmp_path, encode_video, monkeypatch, caplog):
+    listed, out, absent = tmp_path / "c.csv", tmp_path / "out", folder / "absent.mp4"
+    listed.write_text("file,caption\none.two.mp4,a\nstill.png,b\nabsent.mp4,c\nbroken.jpg,d\n")
+    options = alone(samples_per_shard=2)
+    written = []
+    write_shard = shard_writing._write_shard
+
+    def watched(job, number, samples, tell):
+        written.append(number)
+        return write_shard(job, number, samples, tell)
+
+    monkeypatch.setattr(shard_writing, "_write_shard", watched)
+
+    def prepared() -> tuple[list[int], dict[str, int]]:
+        written.clear()
+        caplog.clear()
+        dropped = prepare([folder], out, options, listed).dropped
+        return list(written), dropped
+
+    nothing = {"file missing": 1, "not decodable": 1}
+    assert prepared() == ([0, 1], nothing)
+    assert prepared() == ([], nothing) and not caplog.records
+    absent.write_bytes(encode_video(LEVELS[:4]))
+    assert prepared() == ([1], {"not decodable": 1})
+    assert "00001.tar is written again: absent.mp4 changed" in caplog.text
+    (folder / "one.two.mp4").write_bytes(encode_video(LEVELS[:6]))
+    assert prepared() == ([0], {"not decodable": 1})
+    prepare([folder], tmp_path / "fresh", options, listed)
+    assert digests(out) == digests(tmp_path / "fresh") and len(digests(out)) == 4
+    absent.unlink()
+    assert prepared() == ([1], nothing)
+    assert sorted(digests(out)) == ["00000.idx", "00000.tar"]
+    for path in (out / ".records").glob("0*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in record.items() if name != "sizes"}))
+    absent.write_bytes(encode_video(LEVELS[:4]))
+    assert prepared() == ([], nothing)
 
 
 def test_limit(tars, tmp_path):
@@ -292,6 +332,18 @@ def test_bad_inputs(folder, tars, tmp_path, write_tar):
     twice = write_tar(tmp_path / "twice.tar", [("k00.mp4", b""), ("k00.txt", b"x")])
     with pytest.raises(PreparationError, match=r"twice.tar.*videos0.tar.*same key 'k00'"):
         prepare([*tars, twice], tmp_path / "out", alone())
+    apart = write_tar(tmp_path / "apart.tar", [("a.mp4", b""), ("b.mp4", b""), ("a.txt", b"x")])
+    with pytest.raises(PreparationError, match=r"apart.tar: sample 'a' is there twice.*sorted by name"):
+        prepare([apart], tmp_path / "out", alone())
+    with pytest.raises(PreparationError, match="nowhere: there is no such folder.*correct the path"):
+        prepare([tmp_path / "nowhere"], tmp_path / "out", alone(), tmp_path / "c.csv")
+    for other in ("-dash", "./deep/-dash.mp4"):
+        (tmp_path / "c.csv").write_text(f"file,caption\ndeep/-dash.mp4,x\n{other},y\n")
+        named = f"-dash.mp4 is listed twice, as 'deep/-dash.mp4' and as '{other}'"
+        with pytest.raises(PreparationError, match=named):
+            prepare([folder], tmp_path / "out", alone(), tmp_path / "c.csv")
+    with pytest.raises(PreparationError, match="videos0.tar is no folder: name another output"):
+        prepare(tars, tars[0], alone())
     for name in ("frames", "max_frames", "fps", "samples_per_shard", "workers", "limit"):
         with pytest.raises(PreparationError, match=name):
             alone(**{name: 0})
@@ -318,6 +370,25 @@ def test_command(tars, tmp_path):
         [*command, *options, "--quality", "80"], env=environment, capture_output=True, text=True, timeout=120
     )
     assert again.returncode == 1 and again.stderr.startswith("prepare: ") and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["videos*.tar", "--output", "videos0.tar"], "videos0.tar is no folder"),
+        (["videos*.tar", "--output", "videos0.tar/out"], "Not a directory"),
+        (["videos*.tar", "--output", "/proc/x"], "/proc/x"),
+        (["clips", "--look", "--output", "page.html"], "clips is a folder: write 'clips/*.tar'"),
+        (["videos*.tar", "--look", "--output", "clips"], "--output clips is a folder: name a page in it"),
+        (["videos*.tar", "--look", "--output", "videos0.tar/page.html"], "videos0.tar"),
+    ],
+)
+def test_mistakes_end_the_program_in_one_line(tars, folder, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+    assert program.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("prepare: ") and message in said and said.count("\n") == 1
 
 
 def test_real_manifest(real_clips, tmp_path):

@@ -175,6 +175,19 @@ def test_not_a_tar(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ShardError, match="not a complete, uncompressed tar"):
             ShardSet([tmp_path / name])
+    html = b"<html>not found</html>" * 100
+    for name, data, remedy in (
+        ("z.tar", html, "partial download is the usual reason"),
+        ("x.mp4", html, "does not end in .tar.*prepare.py FOLDER --captions FILE"),
+        ("x.tar.gz", b"\x1f\x8b" + bytes(2000), "it is compressed: gunzip it first"),
+        ("x.tar.zst", b"(\xb5/\xfd" + bytes(2000), "unzstd it first"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ShardError, match=f"{name}: .*{remedy}"):
+            ShardSet([tmp_path / name])
+    (tmp_path / "frames").mkdir()
+    with pytest.raises(ShardError, match=r"frames is a folder: write '.*frames/\*.tar'"):
+        ShardSet([tmp_path / "frames"])
 
 
 def test_empty_tar(tmp_path, write_tar):
