@@ -41,16 +41,19 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, *, spare_others: bool = False) -> Iterator[Path]:
     """Gives an empty folder to write to, which takes the place of `folder` when the block ends well.
 
-    After an error `folder` is as it was; an OSError then says so.
+    After an error `folder` is as it was; an OSError then says so. With `spare_others` a `folder` that holds
+    anything under a name that was not written again is such an error: a ValueError naming the first.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        if spare_others:
+            _check_covered(folder, partial)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
@@ -60,3 +63,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_covered(folder: Path, successor: Path) -> None:
+    """Raise ValueError when a folder holds what its successor does not, at any depth."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not os.path.lexists(successor / name):
+            raise ValueError(f"{folder} holds {name}, which is not ours and would be lost; name a new folder")

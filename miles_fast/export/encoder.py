@@ -27,7 +27,7 @@ class VideoTextEncoder(DualEncoder):
     def encode_video(self, videos: Videos, num_frames: int | None = None, batch: int = 16) -> Tensor:
         """Clips in the shared space, (B, E); `num_frames` are taken of each file (default: the model's own).
 
-        Raises ValueError naming the file that cannot be decoded, and why.
+        Raises ValueError naming the file that cannot be decoded, and why, and for `num_frames` below 1.
         """
         parts = [unit(self.embed_video(video)) for video in self._batches(videos, num_frames, batch)]
         return torch.cat(parts)
@@ -68,13 +68,19 @@ class VideoTextEncoder(DualEncoder):
         return words, unit(torch.stack(means)) if means else tokens_LE.new_zeros(0, tokens_LE.shape[1])
 
     @torch.inference_mode()
-    def encode_text(self, captions: Sequence[str], length: int = 32, batch: int = 256) -> Tensor:
-        """Captions in the shared space, (B, E), cut at `length` tokens."""
+    def encode_text(self, captions: Sequence[str], length: int | None = None, batch: int = 256) -> Tensor:
+        """Captions in the shared space, (B, E), cut at `length` tokens (default: 32, or the model's most).
+
+        Raises ValueError for a `length` without room for a word beside [CLS] and [SEP], or above that most.
+        """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: load it with miles_fast.load(folder)")
         if isinstance(captions, str) or not captions:
             raise ValueError("encode_text takes a list of captions with at least one in it")
-        length, device = min(length, self.config.text.max_positions), self.vid_proj[0].weight.device
+        most, device = self.config.text.max_positions, self.vid_proj[0].weight.device
+        length = min(32, most) if length is None else length
+        if not 3 <= length <= most:
+            raise ValueError(f"length {length}: this model takes captions of 3 to {most} tokens")
         encode, parts = CaptionEncoder(self.tokenizer, length), []
         for start in range(0, len(captions), batch):
             tokens_B2L = torch.from_numpy(encode(captions[start : start + batch])).to(device)
@@ -84,9 +90,9 @@ class VideoTextEncoder(DualEncoder):
     def read_videos(self, paths: Sequence[str | Path], num_frames: int | None = None) -> Tensor:
         """Files as evaluation sees them: the middle frame of equal segments, the centre square, normalised.
 
-        (B, T, 3, H, W) on the CPU. Raises ValueError naming the file that cannot be decoded, and why.
+        (B, T, 3, H, W) on the CPU. Raises ValueError as `encode_video` does.
         """
-        num_frames = num_frames or self.config.video.num_frames
+        num_frames = self._frames_of_a_clip(num_frames)
         augmentation = PillowAugmentation(num_frames, self.config.video.image_size, torch.device("cpu"))
         clips, views = [], []
         for path in paths:
@@ -98,7 +104,15 @@ class VideoTextEncoder(DualEncoder):
         augmentation.submit(clips, views)
         return augmentation.collect()
 
+    def _frames_of_a_clip(self, num_frames: int | None) -> int:
+        if num_frames is None:
+            return self.config.video.num_frames
+        if num_frames < 1:
+            raise ValueError(f"num_frames {num_frames}: must be at least 1, or None for the model's own")
+        return num_frames
+
     def _batches(self, videos: Videos, num_frames: int | None, batch: int):
+        num_frames = self._frames_of_a_clip(num_frames)
         device, size = self.vid_proj[0].weight.device, self.config.video.image_size
         if isinstance(videos, str | Path) or not len(videos):
             raise ValueError("videos are a tensor (B, T, 3, H, W) or a list of paths, at least one")

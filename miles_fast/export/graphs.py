@@ -63,7 +63,7 @@ def write_onnx(found: Pretrained, folder: Path) -> None:
     ]
     if needed:
         raise ValueError(f"--to onnx needs {', '.join(needed)}: pip install 'miles-fast[onnx]'")
-    with whole_folder(folder) as partial:
+    with whole_folder(folder, spare_others=True) as partial:
         for name, graph, example in _graphs(found):
             program = _export(graph, example)
             with _quiet():
@@ -77,7 +77,7 @@ def write_onnx(found: Pretrained, folder: Path) -> None:
 
 def write_programs(found: Pretrained, folder: Path) -> None:
     """video_encoder.pt2 and text_encoder.pt2 for torch.export.load, tokenizer/, inputs.json; both checked."""
-    with whole_folder(folder) as partial:
+    with whole_folder(folder, spare_others=True) as partial:
         for name, graph, example in _graphs(found):
             torch.export.save(_export(graph, example), partial / f"{name}.pt2")
             program = torch.export.load(partial / f"{name}.pt2").module()

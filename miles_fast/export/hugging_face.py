@@ -190,7 +190,7 @@ def write_hugging_face(found: Pretrained, folder: Path) -> None:
     model.load_state_dict(found.weights)
     video = found.config.video
     extractor = MilesFeatureExtractor(num_frames=video.num_frames, image_size=video.image_size)
-    with whole_folder(folder) as partial:
+    with whole_folder(folder, spare_others=True) as partial:
         model.save_pretrained(partial)
         MilesProcessor(extractor, load_tokenizer(found.tokenizer)).save_pretrained(partial)
         (partial / "README.md").write_text(model_card(found))

@@ -99,8 +99,11 @@ def with_frames(found: Pretrained, num_frames: int) -> Pretrained:
     """The same for clips of `num_frames`: the encoder's own rule, written into its temporal embedding.
 
     Fewer frames than the table has rows keep the first ones; more are interpolated linearly over time (what
-    third parties do with the published weights; Frozen pads with zeros instead: spec/miles.md 7.2).
+    third parties do with the published weights; Frozen pads with zeros instead: spec/miles.md 7.2). Raises
+    ValueError for less than 1.
     """
+    if num_frames < 1:
+        raise ValueError(f"--frames {num_frames}: must be at least 1")
     rows = found.config.video.num_frames
     if num_frames == rows:
         return found

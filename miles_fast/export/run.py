@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,10 +15,17 @@ from miles_fast.export.encoder import VideoTextEncoder
 from miles_fast.export.graphs import write_onnx, write_programs
 from miles_fast.export.pretrained import Pretrained, build_model, is_image_tower, read_pretrained
 from miles_fast.files import whole_file
-from miles_fast.models.storage import write_model
+from miles_fast.models.storage import FORMAT, write_model
 from miles_fast.models.text_encoder import load_tokenizer
 
 Target = Literal["safetensors", "official", "frozen", "hf", "timm", "onnx", "pt2"]
+# What tells a folder that a target wrote: a file of JSON, and whether it says so.
+_MARKS: dict[Target, tuple[str, Callable[[dict[str, Any]], bool]]] = {
+    "safetensors": ("model.json", lambda found: found.get("format") == FORMAT),
+    "hf": ("config.json", lambda found: found.get("model_type") == "miles"),
+    "onnx": ("inputs.json", lambda found: "video_encoder.onnx" in found),
+    "pt2": ("inputs.json", lambda found: "video_encoder.pt2" in found),
+}
 
 
 def load(path: str | Path, device: str = "cpu", **options: Any) -> VideoTextEncoder:
@@ -37,8 +46,8 @@ def write_pretrained(found: Pretrained, target: Target, output: str | Path) -> t
 
     `safetensors`: a model folder of ours. `hf`: a Hugging Face folder with processor and model card.
     `official`, `frozen`: a .pth. `timm`: a .safetensors of the image tower alone. `onnx`, `pt2`: a folder
-    with both encoders as ONNX, or as torch.export programs. Raises ValueError or OSError, leaving nothing
-    half-written.
+    with both encoders as ONNX, or as torch.export programs. An existing folder is replaced when the same
+    target wrote it and it holds nothing else. Raises ValueError or OSError, leaving nothing half-written.
     """
     if target not in get_args(Target):
         raise ValueError(f"--to {target}: expected one of {', '.join(get_args(Target))}")
@@ -48,8 +57,8 @@ def write_pretrained(found: Pretrained, target: Target, output: str | Path) -> t
         raise ValueError(f"--output {output}: --to {target} writes one file; name it *{suffix}")
     if not suffix and output.is_file():
         raise ValueError(f"--output {output} is a file; --to {target} writes a folder")
-    if not suffix and not _may_be_replaced(output):
-        raise ValueError(f"--output {output} holds other files, which would be lost; name a new folder")
+    if not suffix:
+        _check_replaceable(output, target)
     output.parent.mkdir(parents=True, exist_ok=True)
     if target == "safetensors":
         write_model(output, found.weights, config, found.vocabulary_size, found.tokenizer)
@@ -83,9 +92,24 @@ def write_pretrained(found: Pretrained, target: Target, output: str | Path) -> t
     return output, f"both encoders for any batch, clips of {frames} frames (--frames for others)"
 
 
-def _may_be_replaced(folder: Path) -> bool:
-    """Whether it is not there, empty, or an earlier export; a run's folder is none."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return True
-    marks = (("model.json",), ("inputs.json",), ("config.json", "model.safetensors"))
-    return any(all((folder / name).is_file() for name in mark) for mark in marks)
+def _check_replaceable(folder: Path, target: Target) -> None:
+    """Raise ValueError unless it is not there, empty, or one that the target wrote.
+
+    What else such a folder holds shows when the new one is written (`whole_folder`).
+    """
+    entries = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    mark, is_ours = _MARKS[target]
+    if entries and not is_ours(_read_mark(folder / mark)):
+        name = mark if mark in entries else entries[0]
+        raise ValueError(
+            f"--output {folder} holds {name}, which --to {target} did not write and which would be lost; "
+            "name a new folder"
+        )
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -22,13 +22,14 @@ PRETRAINING = "pretraining."  # prefix of what only pre-training needs: mask tok
 def write_model(
     folder: Path, weights: dict[str, Tensor], config: ModelConfig, vocabulary_size: int, tokenizer: str | Any
 ) -> None:
-    """Write a model folder aside and rename it into place; an existing folder of that name is replaced.
+    """Write a model folder aside and rename it into place; an existing one of that name is replaced.
 
-    `tokenizer` is a name or folder, or one that is loaded.
+    `tokenizer` is a name or folder, or one that is loaded. Raises ValueError when the existing folder holds
+    other files.
     """
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
-    with whole_folder(folder) as partial:
+    with whole_folder(folder, spare_others=True) as partial:
         state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
         description = {"format": FORMAT, "model": to_dict(config), "vocabulary_size": vocabulary_size}

@@ -11,8 +11,10 @@ from golden import GOLDEN, fill, golden_encoder
 from tiny import ds_tree, tiny_config
 
 import miles_fast
+from launch import export
 from miles_fast.config import ModelConfig, TextEncoderConfig
 from miles_fast.data.vocabulary import build_vocabulary
+from miles_fast.export import graphs
 from miles_fast.export.pretrained import Pretrained, build_model, read_pretrained, with_frames
 from miles_fast.export.run import write_pretrained
 from miles_fast.models.dual_encoder import DualEncoder
@@ -286,16 +288,64 @@ def test_other_mistakes_name_the_file_and_the_remedy(ours, data, tmp_path):
         read_pretrained(tmp_path / "narrow.pth", "official", tokenizer=str(data / "tokenizer"))
 
 
-def test_a_folder_of_other_files_is_never_replaced(ours, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
-    for target in ("safetensors", "hf", "pt2"):
-        with pytest.raises(ValueError, match="holds other files, which would be lost"):
-            write_pretrained(read_pretrained(ours), target, tmp_path / "run")
-    assert (tmp_path / "run" / "config.json").read_text() == "{}"
-    for target in ("safetensors", "hf", "safetensors"):
-        write_pretrained(read_pretrained(ours), target, tmp_path / "export")
-    assert (tmp_path / "export" / "model.json").is_file() and not (tmp_path / "export" / "README.md").exists()
+def contents(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "target,there,named",
+    [
+        ("safetensors", {"config.json": "{}", "log.jsonl": ""}, "config.json"),
+        ("safetensors", {"model.json": '{"layers": 12}', "model.safetensors": "x"}, "model.json"),
+        ("safetensors", {"tokenizer/tokenizer.json": "{}"}, "tokenizer"),
+        ("hf", {"config.json": '{"model_type": "bert"}', "model.safetensors": "x"}, "config.json"),
+        ("hf", {"config.json": "[]", "model.safetensors": "x"}, "config.json"),
+        ("hf", {"README.md": "mine"}, "README.md"),
+        ("pt2", {"inputs.json": "not JSON"}, "inputs.json"),
+        ("onnx", {"inputs.json": '{"video_encoder.pt2": {}}'}, "inputs.json"),
+    ],
+)
+def test_a_folder_that_the_target_did_not_write_is_never_replaced(ours, tmp_path, target, there, named):
+    for name, text in there.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(text)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"out holds {named}, .*would be lost; name a new folder"):
+        write_pretrained(read_pretrained(ours), target, tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", ["safetensors", "hf", "pt2"])
+def test_an_earlier_export_is_replaced_unless_it_holds_more(ours, tmp_path, monkeypatch, target):
+    monkeypatch.setattr(graphs, "_graphs", lambda found: ())  # half a minute of tracing
+    found = read_pretrained(ours)
+    write_pretrained(found, target, tmp_path / "out")
+    written = contents(tmp_path)
+    write_pretrained(found, target, tmp_path / "out")
+    assert contents(tmp_path).keys() == written.keys()
+    (tmp_path / "out" / "embedded").mkdir()
+    (tmp_path / "out" / "embedded" / "set.json").write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="out holds embedded, .*would be lost; name a new folder"):
+        write_pretrained(found, target, tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def test_a_file_deep_in_an_earlier_export_is_spared_too(ours, tmp_path):
+    write_pretrained(read_pretrained(ours), "safetensors", tmp_path / "out")
+    (tmp_path / "out" / "tokenizer" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out holds tokenizer/notes.txt, "):
+        write_pretrained(read_pretrained(ours), "safetensors", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("frames", ["0", "-1"])
+def test_no_frames_are_refused_in_one_line(ours, tmp_path, monkeypatch, frames):
+    arguments = ["export.py", str(ours), "--output", str(tmp_path / "out"), "--frames", frames]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(ValueError, match=f"^--frames {frames}: must be at least 1$"):
+        export.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_hugging_face_loads_it_by_its_own_classes(ours, tmp_path):

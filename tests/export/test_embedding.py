@@ -188,6 +188,13 @@ def test_videos_by_path_patches_and_words(model, tmp_path):
     torch.testing.assert_close(maps["dog"][1, 2, 3], patches[0, 1, 2, 3] @ embeddings[2])
 
 
+def test_captions_of_every_length_the_model_takes(model):
+    captions = ["a red dog moves", "a"]
+    for length in (3, 16):
+        assert model.encode_text(captions, length=length).shape == (2, 16)
+    assert torch.equal(model.encode_text(captions), model.encode_text(captions, length=16))
+
+
 @torch.inference_mode()
 def test_cls_attention_is_the_softmax_of_the_last_block(model):
     video = torch.randn(2, 2, 3, 32, 32)
@@ -219,6 +226,12 @@ def test_mistakes_name_the_file_and_the_remedy(model, tmp_path):
             model.encode_video(argument)
     with pytest.raises(ValueError, match="list of captions"):
         model.encode_text("a dog")
+    for length in (0, 1, 2, 17):
+        with pytest.raises(ValueError, match=f"length {length}: this model takes captions of 3 to 16 tokens"):
+            model.encode_text(["a dog"], length=length)
+    for call in (model.encode_video, model.encode_patches, model.read_videos):
+        with pytest.raises(ValueError, match="num_frames 0: must be at least 1"):
+            call([gif(tmp_path / "a.gif", [0, 50])], num_frames=0)
     (tmp_path / "set.json").write_text(json.dumps({"format": "x"}))
     with pytest.raises(ValueError, match="name a folder that launch/embed.py wrote"):
         read_set(tmp_path)
