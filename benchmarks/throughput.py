@@ -47,6 +47,7 @@ from miles_fast.data.demo import prepare_demo
 from miles_fast.data.shards import expand_shards
 from miles_fast.data.sources import open_shards
 from miles_fast.distributed import configure_logging
+from miles_fast.options import above_zero, at_least
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
 from miles_fast.training.engine import init_process_group
 from miles_fast.training.loop import pretrain
@@ -200,18 +201,6 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def above_zero(kind: type) -> Callable[[str], Any]:
-    """What reads an option that is a number above 0."""
-
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text}: write a number above 0")
-        return value
-
-    return number
-
-
 def read_micro(file: Path | None) -> dict[str, Any]:
     """micro.py's figures, if any. Raises ValueError where the file holds something else."""
     try:
@@ -231,7 +220,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=[*PROGRAMS, "all"])
     parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
     parser.add_argument("--ds_config", default=str(ROOT / "ds.json"))
-    count, seconds = above_zero(int), above_zero(float)
+    count = at_least(1)
     parser.add_argument("--batches", type=count, default=50, help="batches, passes or steps that are timed")
     parser.add_argument(
         "--videos",
@@ -241,7 +230,7 @@ def arguments() -> argparse.ArgumentParser:
         help="mp4 shards: loader gives them to torch's DataLoader, decoders prepares them in each way",
     )
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="decoders: keep what is prepared here")
-    parser.add_argument("--rival-seconds", type=seconds, default=10.0, help="for each rival or decoder")
+    parser.add_argument("--rival-seconds", type=above_zero, default=10.0, help="for each rival or decoder")
     parser.add_argument("--gpus", nargs="+", type=count, default=[1, 2], metavar="N", help="for scaling")
     parser.add_argument(
         "--singles", action="store_true", help="for scaling: each GPU alone too, all at the same time"

@@ -30,6 +30,7 @@ from miles_fast.export.embedding_set import (
 )
 from miles_fast.export.run import load
 from miles_fast.files import write_whole
+from miles_fast.options import at_least
 from miles_fast.training.signals import exit_with_status
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,11 +46,11 @@ def main() -> None:
     parser.add_argument("--shards", nargs="+", required=True, help="glob or brace patterns of tars")
     parser.add_argument("--output", required=True, type=Path, help="folder for the parts")
     parser.add_argument("--format", dest="layout", default="npz", choices=get_args(Layout))
-    parser.add_argument("--frames", type=int, help="frames per clip; default: the model's own")
+    parser.add_argument("--frames", type=at_least(1), help="frames per clip; default: the model's own")
     parser.add_argument("--caption-tokens", type=int, help="default: 32, or all that the model takes")
-    parser.add_argument("--batch", type=int, default=64 if device.type == "cuda" else 16)
-    parser.add_argument("--part-size", type=int, default=16384, help="samples of one file")
-    parser.add_argument("--workers", type=int, default=4, help="reading processes")
+    parser.add_argument("--batch", type=at_least(1), default=64 if device.type == "cuda" else 16)
+    parser.add_argument("--part-size", type=at_least(1), default=16384, help="samples of one file")
+    parser.add_argument("--workers", type=at_least(1), default=4, help="reading processes")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -66,9 +67,6 @@ def main() -> None:
         "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"
     )
     options = parser.parse_args()
-    for name in ("frames", "batch", "part_size", "workers"):
-        if (number := getattr(options, name)) is not None and number < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {number}: must be at least 1")
     configure_logging()
     model = load(options.model, tokenizer=options.tokenizer)
     frames = options.frames or model.config.video.num_frames

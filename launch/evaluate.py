@@ -29,9 +29,8 @@ from miles_fast.evaluation.protocols import NAMES, find_protocol
 from miles_fast.evaluation.retrieval import evaluate_retrieval
 from miles_fast.evaluation.retrieval import table as retrieval_table
 from miles_fast.export.run import load
+from miles_fast.options import at_least
 from miles_fast.training.engine import init_process_group
-
-LEAST = {"frames": 1, "caption_tokens": 3, "batch": 1, "workers": 1}  # of options that are numbers
 
 
 def main() -> None:
@@ -45,17 +44,21 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--shards", nargs="+", help="glob or brace patterns of tars")
     what.add_argument("--protocol", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--frames", type=int, help="frames per clip; default: 4, or the protocol's")
+    parser.add_argument("--frames", type=at_least(1), help="frames per clip; default: 4, or the protocol's")
     parser.add_argument(
-        "--caption-tokens", type=int, help="default: 32 or the protocol's, or all that the model takes"
+        "--caption-tokens",
+        type=at_least(3),
+        help="default: 32 or the protocol's, or the model's most",
     )
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=at_least(1), default=32)
     parser.add_argument(
         "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"
     )
     parser.add_argument("--json", type=Path, help="also write the metrics here")
     parser.add_argument("--data", metavar="ROOT", help="folder of the data set: annotations and videos")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes a rank")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=os.cpu_count() or 1, help="decoding processes a rank"
+    )
     parser.add_argument(
         "--cache", type=Path, default=default_cache(), help="folder of embeddings made before"
     )
@@ -69,7 +72,6 @@ def main() -> None:
         "--list", type=Path, help="write {video file: captions} for launch/prepare.py and stop"
     )
     options = parser.parse_args()
-    check_numbers(options)
     if options.shards:
         on_shards(options)
         return
@@ -83,14 +85,6 @@ def main() -> None:
     if options.frames:
         protocol = replace(protocol, frames=(options.frames,))
     on_videos(protocol, options)
-
-
-def check_numbers(options: argparse.Namespace) -> None:
-    """Raise ValueError for a number that is too small to mean anything."""
-    for name, least in LEAST.items():
-        number = getattr(options, name)
-        if number is not None and number < least:
-            raise ValueError(f"--{name.replace('_', '-')} {number}: must be at least {least}")
 
 
 def caption_length(asked: int | None, usual: int, max_positions: int) -> int:

@@ -12,13 +12,13 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from miles_fast.config import Config, load_config
+from miles_fast.options import above_zero, at_least, number
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
 from miles_fast.training.planning import (
     Links,
@@ -50,14 +50,13 @@ def main() -> None:
     parser.add_argument("--measured", nargs="+", required=True, metavar="GPUS=FILE")
     parser.add_argument("--config", default=str(ROOT / "configs" / "stage2.yaml"))
     parser.add_argument("--ds_config", default=str(ROOT / "ds" / "zero1.json"))
-    count = option(int, lambda number: number >= 1, "a whole number, 1 or greater")
-    rate = option(float, lambda number: 0 < number < math.inf, "a number above 0")
-    reached = option(float, lambda share: 0 < share <= 1, "a share above 0, 1 at most")
-    hidden = option(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
+    count = at_least(1)
+    reached = number(float, lambda share: 0 < share <= 1, "a share above 0, 1 at most")
+    hidden = number(float, lambda share: 0 <= share <= 1, "a share from 0 to 1")
     parser.add_argument("--gpus", nargs="+", type=count, default=[1, 2, 8, 16, 64, 256, 1024])
     parser.add_argument("--gpus-per-host", type=count, default=8)
-    parser.add_argument("--nvlink", type=rate, default=450.0, help="GB/s of a GPU, one direction")
-    parser.add_argument("--network", type=rate, default=50.0, help="GB/s of a GPU between hosts")
+    parser.add_argument("--nvlink", type=above_zero, default=450.0, help="GB/s of a GPU, one direction")
+    parser.add_argument("--network", type=above_zero, default=50.0, help="GB/s of a GPU between hosts")
     parser.add_argument("--link-efficiency", type=reached, default=0.75, help="share of it that NCCL reaches")
     parser.add_argument("--hidden", type=hidden, default=0.0, help="share of communication behind the passes")
     parser.add_argument("--vocabulary", type=count, default=30522, help="of the tokenizer")
@@ -94,26 +93,11 @@ def main() -> None:
         print(_row(predict(gpus, spread=spread), seen, fitted=gpus == several))
 
 
-def option(kind: type, allowed: Callable[[Any], bool], meant: str) -> Callable[[str], Any]:
-    """What reads an option that is a number of this kind, where it is allowed."""
-
-    def read(text: str) -> Any:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan
-        if not allowed(number):
-            raise argparse.ArgumentTypeError(f"{text!r}: write {meant}")
-        return number
-
-    return read
-
-
 def _measurement(text: str, planned: Planned) -> tuple[int, Measured]:
-    number, equals, file = text.partition("=")
-    if not equals or not number.isdecimal() or not int(number):
+    count, equals, file = text.partition("=")
+    if not equals or not count.isdecimal() or not int(count):
         raise ValueError(f"--measured {text}: write GPUS=FILE, as in 1=runs/stage2/log.jsonl")
-    gpus, path, settings = int(number), Path(file), planned.settings
+    gpus, path, settings = int(count), Path(file), planned.settings
     records = _rows(path, gpus, planned) if path.suffix == ".json" else _log(path, gpus, planned)
     if not records:
         raise ValueError(

@@ -12,6 +12,7 @@ from miles_fast.distributed import configure_logging
 from miles_fast.export.embedding_set import fingerprint, read_set
 from miles_fast.export.run import load
 from miles_fast.export.search import nearest
+from miles_fast.options import at_least
 from miles_fast.training.signals import exit_with_status
 
 
@@ -21,11 +22,9 @@ def main() -> None:
     parser.add_argument("--index", required=True, type=Path, help="a folder that launch/embed.py wrote")
     parser.add_argument("--model", help="where the model is now, when it was moved")
     parser.add_argument("--tokenizer", help="folder or name, for a .pth, which holds none")
-    parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("--top", type=at_least(1), default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object for each query")
     options = parser.parse_args()
-    if options.top < 1:
-        raise ValueError(f"--top {options.top}: must be at least 1")
     configure_logging()
     index = read_set(options.index)
     place = options.model or index.description.model

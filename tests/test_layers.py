@@ -7,7 +7,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # A module may import from its own layer and from earlier ones.
-LAYERS = ["kernels", "config", "files", "distributed", "models", "data", "training", "evaluation", "export"]
+LAYERS = [
+    "kernels",
+    "config",
+    "options",
+    "files",
+    "distributed",
+    "models",
+    "data",
+    "training",
+    "evaluation",
+    "export",
+]
 # Its classes derive from transformers': it is imported by whoever wants them, and lazily by everyone else.
 DERIVED = {"hugging_face.py": "transformers"}
 OPTIONAL = {

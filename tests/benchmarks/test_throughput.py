@@ -65,13 +65,13 @@ def videos(root):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["loader", "--batches", "0"], "--batches: 0: write a number above 0"),
-        (["saves", "--saves", "0"], "--saves: 0: write"),
-        (["step", "--profile", "-1"], "--profile: -1: write"),
-        (["loader", "--rival-seconds", "nan"], "--rival-seconds: nan: write"),
-        (["scaling", "--gpus", "1", "0"], "--gpus: 0: write"),
-        (["scaling", "--gpus", "-3"], "--gpus: -3: write"),
-        (["scaling", "--gpus", "two"], "--gpus: invalid number value: 'two'"),
+        (["loader", "--batches", "0"], "--batches: '0': write a whole number, 1 or greater"),
+        (["saves", "--saves", "0"], "--saves: '0': write"),
+        (["step", "--profile", "-1"], "--profile: '-1': write"),
+        (["loader", "--rival-seconds", "nan"], "--rival-seconds: 'nan': write a number above 0"),
+        (["scaling", "--gpus", "1", "0"], "--gpus: '0': write"),
+        (["scaling", "--gpus", "-3"], "--gpus: '-3': write"),
+        (["scaling", "--gpus", "two"], "--gpus: 'two': write"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, options, said):

@@ -62,6 +62,8 @@ def test_length_of_captions(asked, usual, positions, length):
         ("--workers", 0, 1),
     ],
 )
-def test_numbers_that_are_too_small_are_named(program, option, value, least):
-    with pytest.raises(ValueError, match=f"{option} {value}: must be at least {least}"):
+def test_numbers_that_are_too_small_are_named(program, capsys, option, value, least):
+    with pytest.raises(SystemExit):
         program(option, value)
+    said = f"argument {option}: '{value}': write a whole number, {least} or greater"
+    assert said in capsys.readouterr().err
