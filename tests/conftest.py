@@ -1,5 +1,6 @@
 """Set before any import of the package: kernels are interpreted where there is no GPU."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,16 @@ def pytest_collection_modifyitems(items):
         for name, needed in (("gpu", 1), ("multigpu", 2)):
             if item.get_closest_marker(name) and gpus < needed:
                 item.add_marker(pytest.mark.skip(reason=f"{name}: needs {needed} CUDA GPU(s)"))
+
+
+@pytest.fixture(autouse=True)
+def log_as_imported():
+    """A program that a test calls sends the log to stderr alone; the next test finds it as it was."""
+    yield
+    log = logging.getLogger("miles_fast")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
