@@ -67,27 +67,11 @@ class Loader:
         ]
         self.share, self.quarantine, self._draw_masks = share, quarantine, draw_masks
         self._finish = BatchFinisher(data, image_size, share.batch, device)
-        self._prefetch, self._on_gpu = data.prefetch_batches, device.type == "cuda"
-        self._may_begin = threading.Event()
-        self._may_begin.set()
-        self._num_workers = data.decode_workers
+        self._prefetch, self._num_workers = data.prefetch_batches, data.decode_workers
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         """Endless micro batches from optimizer step `first_step` (0-based); close it when done."""
-        return _in_background(self._make_batches(first_step), self._prefetch, self._may_begin)
-
-    def hold(self) -> None:
-        """Begin no batch until `go_on`; where one is wanted and none is there, this is over at once.
-
-        Making one holds Python's lock for tens of milliseconds, and begins when one is taken: just when a GPU
-        idles until its step is launched.
-        """
-        if self._on_gpu:
-            self._may_begin.clear()
-
-    def go_on(self) -> None:
-        """The passes are launched."""
-        self._may_begin.set()
+        return _in_background(self._make_batches(first_step), self._prefetch)
 
     def _make_batches(self, first_step: int) -> Generator[Batch, None, None]:
         coming: deque[tuple[Request, Pending, Pending | None]] = deque()
@@ -229,18 +213,10 @@ def _input(shards: ShardSet, source: SourceConfig, data: DataConfig, device: tor
     )
 
 
-def _in_background(
-    make: Generator[Batch, None, None], depth: int, may_begin: threading.Event | None = None
-) -> Generator[Batch, None, None]:
-    """Run a generator on its own thread, at most `depth` items ahead; its end and errors come here too.
-
-    Behind each item it waits for `may_begin`, which is set when an item is wanted and none is there.
-    """
+def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[Batch, None, None]:
+    """Run a generator on its own thread, at most `depth` items ahead; its end and errors come here too."""
     items: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
-    if may_begin is None:
-        may_begin = threading.Event()
-        may_begin.set()
     stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
 
     def put(item: Batch | BaseException | None) -> None:
@@ -257,7 +233,6 @@ def _in_background(
                         # Here and not where the batch is used: there each call would hand the GIL over.
                         item.record_stream(stream)
                     put(item)
-                    may_begin.wait()
                     if stop.is_set():
                         return
             put(None)
@@ -265,8 +240,6 @@ def _in_background(
             put(error)
 
     def take() -> Batch | None:
-        if items.empty():
-            may_begin.set()
         item = items.get()
         if isinstance(item, BaseException):
             raise item
@@ -279,5 +252,4 @@ def _in_background(
         yield from iter(take, None)
     finally:
         stop.set()
-        may_begin.set()
         thread.join()

@@ -216,13 +216,10 @@ def _train_from(t: Training, first_step: int) -> int | None:
             position = wanted + 1
             for _ in range(t.settings.accumulation):
                 waiting = time.perf_counter()
-                t.loader.hold()
                 batch = next(batches)
                 meter.waited(time.perf_counter() - waiting)
                 t.watchdog.report(f"computing step {step}")
-                losses, norm = train_step(
-                    engine, snapshot, batch, with_norm=logs, guard=guard, saver=t.saver, loader=t.loader
-                )
+                losses, norm = train_step(engine, snapshot, batch, with_norm=logs, guard=guard, saver=t.saver)
                 del batch  # here, and not while the next one is waited for: freeing it takes milliseconds
             vote = ballot.count()
             t.watchdog.started()
@@ -264,18 +261,15 @@ def train_step(
     with_norm: bool,
     guard: LossGuard | None = None,
     saver: Saver | None = None,
-    loader: Loader | None = None,
 ) -> tuple[Losses, Tensor | None]:
     """One micro step: targets, the student's passes, backward, and DeepSpeed's step at its boundary.
 
     Also the gradient's norm, `with_norm` and where DeepSpeed keeps none. `guard` looks at the loss; `saver`
-    may still be copying what the step changes, `loader` goes on once the passes are launched.
+    may still be copying what the step changes.
     """
     target = snapshot.encode(batch.video_BTCHW, batch.masked_BM) if snapshot is not None else None
     losses = engine(batch.video_BTCHW, batch.token_ids_BL, batch.attention_BL, batch.masked_BM, target)
     engine.backward(guard.check(losses, batch.keys) if guard else losses.total)
-    if loader is not None:
-        loader.go_on()
     norm = gradient_norm(engine) if with_norm else None
     if saver is not None:
         saver.before_update()

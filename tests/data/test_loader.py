@@ -1,6 +1,5 @@
 """The loader: DALI against Pillow, resume, substitutes for bad samples, both layouts, captions."""
 
-import contextlib
 import io
 import json
 import pickle
@@ -15,7 +14,7 @@ import torch
 from tiny import caption, jpeg, tiny_config, write_data, write_frames
 
 from miles_fast.config import SourceConfig
-from miles_fast.data.augmentation import IN_FLIGHT, MEAN, STD, build_augmentation
+from miles_fast.data.augmentation import MEAN, STD, build_augmentation
 from miles_fast.data.batches import Quarantine
 from miles_fast.data.clips import ClipDraw, read_clip
 from miles_fast.data.loader import EvaluationLoader, Loader
@@ -157,45 +156,6 @@ def test_a_batch_holds_its_samples_and_a_resumed_loader_the_same_ones(root):
     )
     assert torch.equal(whole[0].token_ids_BL, expected["input_ids"])
     assert torch.equal(whole[0].attention_BL, expected["attention_mask"])
-
-
-class Counting(Quarantine):
-    made = 0  # batches
-
-    def accept(self, clips):
-        super().accept(clips)
-        self.made += 1
-
-    def settled(self, expected):
-        """How many batches there are when no more than `expected` are made, for which there is time."""
-        until = time.monotonic() + 60
-        while self.made < expected and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(0.5)
-        return self.made
-
-
-@pytest.mark.parametrize("gpu", [True, False])
-def test_beside_a_launch_no_batch_is_begun_where_a_gpu_waits_for_it(root, monkeypatch, gpu):
-    config, quarantine = tiny_config(root), Counting(None)
-    dealer = loader(config, quarantine)
-    monkeypatch.setattr(dealer, "_on_gpu", gpu)
-    with contextlib.closing(dealer.batches(0)) as batches:
-        found = [next(batches)]
-        # Taken, in the queue, about to be put, and decoding.
-        made = 1 + config.data.prefetch_batches + 1 + IN_FLIGHT
-        assert quarantine.settled(made) == made
-        for _ in range(2):
-            dealer.hold()
-            found.append(next(batches))
-            assert quarantine.settled(made + (not gpu)) == made + (not gpu)
-            dealer.go_on()
-            made += 1
-            assert quarantine.settled(made) == made
-        dealer.hold()
-        found += [next(batches) for _ in range(20)]  # more than are there: they are made all the same
-        dealer.hold()  # and closed while it is held
-    assert [b.keys for b in found] == [b.keys for b in take(config, 0, len(found))]
 
 
 def test_ranks_split_the_batch(root):
