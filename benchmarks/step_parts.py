@@ -14,7 +14,7 @@ PARTS = (
         "attention",
         r"flash|fmha|attend|attention|(query|key)_gradient_|_differentiate_kernel|_combine_(output|gradient)_",
     ),
-    ("products with GELU", r"^_linear_gelu_kernel|GemmMod__(scaled_)?(hidden_and_gelu|gelu_)"),
+    ("products with GELU", r"^_linear_gelu_kernel|GemmMod__((scaled_)?gelu_|product_slope)"),
     ("gradient of GELU", r"^_gelu_gradient_kernel"),
     ("other products", r"gemm|nvjet|cutlass|xmma|cublas|splitK"),
     ("optimizer and snapshot", r"adam|lerp|multi_tensor|foreach"),

@@ -55,7 +55,8 @@ def gelu_of(x, EXACT: tl.constexpr):
 
 
 @jit
-def _gelu_slope(x, EXACT: tl.constexpr):
+def gelu_slope(x, EXACT: tl.constexpr):
+    """gelu'(x) of float32 numbers: by erf, or to what a half can hold."""
     density = tl.exp(-0.5 * x * x) * 0.3989422804014327
     if EXACT:
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
@@ -77,14 +78,14 @@ def _gelu_gradient_kernel(
     hidden_ptr,
     d_hidden_ptr,
     partial_ptr,
-    out_ptr,
     M,
     D,
-    AGAIN: tl.constexpr,
+    SLOPED: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    # SLOPED: hidden_ptr holds gelu'(hidden) already.
     # Column blocks vary fastest: programs that run together read neighbouring memory.
     blocks = tl.cdiv(D, COLUMNS)
     chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -96,10 +97,8 @@ def _gelu_gradient_kernel(
         place = row.to(tl.int64)[:, None] * D + column[None, :]
         x = tl.load(hidden_ptr + place, mask=inside, other=0.0).to(tl.float32)
         d_out = tl.load(d_out_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        d_hidden = d_out * _gelu_slope(x, hidden_ptr.dtype.element_ty == tl.float32)
+        d_hidden = d_out * (x if SLOPED else gelu_slope(x, hidden_ptr.dtype.element_ty == tl.float32))
         tl.store(d_hidden_ptr + place, d_hidden, mask=inside)
-        if AGAIN:
-            tl.store(out_ptr + place, gelu_of(x, hidden_ptr.dtype.element_ty == tl.float32), mask=inside)
         total += tl.sum(d_hidden, axis=0)
     tl.store(partial_ptr + chunk * D + column, total, mask=column < D)
 
@@ -127,35 +126,33 @@ def _(hidden, bias_D):
 @torch.library.custom_op(
     "miles_fast::gelu_backward",
     mutates_args=(),
-    schema="(Tensor d_out, Tensor hidden, bool again) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor d_out, Tensor hidden, bool sloped) -> (Tensor, Tensor)",
 )
-def gelu_backward(d_out, hidden, again):
-    """Gradients of hidden and of the bias, in float32, and `again` gelu(hidden), else nothing."""
+def gelu_backward(d_out, hidden, sloped):
+    """Gradients of hidden and of the bias, in float32; `sloped`: `hidden` is gelu'(hidden)."""
     d_out, hidden = d_out.contiguous(), hidden.contiguous()
     D = hidden.shape[-1]
     M = math.prod(hidden.shape[:-1])
     rows, steps, columns, num_warps = LAUNCH_BACKWARD.get(triton.next_power_of_2(D), LAUNCH_BACKWARD[4096])
     d_hidden = torch.empty_like(hidden)
-    out = hidden.new_empty(hidden.shape if again else 0)
     C = triton.cdiv(M, rows * steps)
     partial_CD = hidden.new_empty((C, D), dtype=torch.float32)
     if hidden.numel():
         with torch.cuda.device_of(hidden):
             _gelu_gradient_kernel[(C * triton.cdiv(D, columns),)](
-                *(d_out, hidden, d_hidden, partial_CD, out, M, D),
-                AGAIN=again,
+                *(d_out, hidden, d_hidden, partial_CD, M, D),
+                SLOPED=sloped,
                 ROWS=rows,
                 STEPS=steps,
                 COLUMNS=columns,
                 num_warps=num_warps,
             )
-    return d_hidden, partial_CD.sum(0), out
+    return d_hidden, partial_CD.sum(0)
 
 
 @gelu_backward.register_fake
-def _(d_out, hidden, again):
-    d_bias_D = hidden.new_empty(hidden.shape[-1:], dtype=torch.float32)
-    return hidden.new_empty(hidden.shape), d_bias_D, hidden.new_empty(hidden.shape if again else 0)
+def _(d_out, hidden, sloped):
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[-1:], dtype=torch.float32)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -166,7 +163,7 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, d_out):
     (hidden,) = ctx.saved_tensors
-    d_hidden, d_bias_D, _ = gelu_backward(d_out, hidden, False)
+    d_hidden, d_bias_D = gelu_backward(d_out, hidden, False)
     return d_hidden, d_bias_D.to(ctx.bias_dtype)
 
 

@@ -13,8 +13,7 @@ little, which keeps its four significant bits down to 2^-15 of the bound: there 
 2.7 % instead of 2.6 %.
 
 The gradients are those of the layers unrounded (straight through), of hidden as it was computed. Saved for
-backward: x, the weights and hidden; gelu(hidden), which the second weight's gradient needs, is computed again
-by the kernel that reads hidden in any case.
+backward: x, the weights, gelu'(hidden) and gelu(hidden), which the second weight's gradient needs unrounded.
 
 Letters: M rows, K numbers in and out, D hidden ones.
 """
@@ -68,13 +67,15 @@ class _Fp8Mlp(Mlp):
         (x8, scale_x), (first8, scale_first) = quantized_rows(x_MK), quantized_rows(first_DK)
         scale = hidden_scales(x_MK, first_DK, first_bias_D)
         if takes_scaled(x_MK, first_DK):
-            active8, hidden_MD = scaled_linear_gelu(
+            active8, slope_MD, active_MD = scaled_linear_gelu(
                 *(x8, first8, first_bias_D, scale_x[:, 0], scale_first[:, 0], scale[:, 0]), keep
             )
         else:
             hidden_MD = scaled_product(x8, scale_x, first8, scale_first, first_bias_D, None, x.dtype)
-            active8 = (F.gelu(hidden_MD).float() / scale).to(torch.float8_e4m3fn)
-        ctx.save_for_backward(x_MK, first_DK, second_KD, hidden_MD)
+            active_MD = F.gelu(hidden_MD)
+            slope_MD = torch.ops.aten.gelu_backward(torch.ones_like(hidden_MD), hidden_MD)
+            active8 = (active_MD.float() / scale).to(torch.float8_e4m3fn)
+        ctx.save_for_backward(x_MK, first_DK, second_KD, slope_MD, active_MD)
         ctx.bias_dtypes = first_bias_D.dtype, second_bias_K.dtype
         residual_MK = None if residual is None else residual.flatten(0, -2)
         eights = active8, scale, *quantized_rows(second_KD)

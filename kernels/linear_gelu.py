@@ -1,9 +1,11 @@
 """The first product of an MLP with its GELU, computed where the product still lies in registers.
 
-    hidden[m, d] = sum_k x[m, k] weight[d, k] + bias[d],   active[m, d] = gelu(hidden[m, d])
+    hidden[m, d] = sum_k x[m, k] weight[d, k] + bias[d]
+    active[m, d] = gelu(hidden[m, d]),   slope[m, d] = gelu'(hidden[m, d])
 
 Out of a pass of its own, GELU reads and writes what the product has just written: 0.41 of 1.10 ms for the MLP
-of ViT-B at 128 clips of 4 frames. Here hidden is stored for backward alone, and only when that is wanted.
+of ViT-B at 128 clips of 4 frames. The slope is for backward alone, and made only when that is wanted: with it
+backward's end is one multiplication, while hidden itself would have its exponentials computed there.
 No history: the gradients are kernels/mlp.py's.
 
 `scaled_linear_gelu` is the same of 8-bit floats, to 8-bit floats (kernels/fp8_mlp.py).
@@ -18,7 +20,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from miles_fast.kernels.biased_gelu import gelu_of
+from miles_fast.kernels.biased_gelu import gelu_of, gelu_slope
 from miles_fast.kernels.dispatch import (
     INTERPRETED,
     for_bulk_copies,
@@ -46,7 +48,8 @@ def _linear_gelu_kernel(
     x_scale_ptr,
     weight_scale_ptr,
     out_scale_ptr,
-    hidden_desc,
+    slope_desc,
+    active_desc,
     out_desc,
     M,
     D,
@@ -72,7 +75,7 @@ def _linear_gelu_kernel(
             rows = row + tl.arange(0, BLOCK_M)
             x_scale = tl.load(x_scale_ptr + rows, mask=rows < M, other=1.0)[:, None]
             out_scale = tl.load(out_scale_ptr + rows, mask=rows < M, other=1.0)[:, None]
-        ends = bias_ptr, weight_scale_ptr, x_scale, out_scale, hidden_desc, out_desc
+        ends = bias_ptr, weight_scale_ptr, x_scale, out_scale, slope_desc, active_desc, out_desc
         if SLICES == 1:
             _end_tile(total, row, column, ends, D, KEEP, SCALED, BLOCK_D)
         else:  # of half the columns each: fewer registers
@@ -83,16 +86,18 @@ def _linear_gelu_kernel(
 
 @jit
 def _end_tile(total, row, column, ends, D, KEEP: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr):
-    bias_ptr, weight_scale_ptr, x_scale, out_scale, hidden_desc, out_desc = ends
+    bias_ptr, weight_scale_ptr, x_scale, out_scale, slope_desc, active_desc, out_desc = ends
     columns = column + tl.arange(0, WIDTH)
     if SCALED:
         total *= x_scale * tl.load(weight_scale_ptr + columns, mask=columns < D, other=0.0)[None, :]
     bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    hidden = (total + bias[None, :]).to(bias_ptr.dtype.element_ty)
+    hidden = total + bias[None, :]
+    out = gelu_of(hidden, EXACT=False)
     if KEEP:
-        hidden_desc.store([row, column], hidden)
-    out = gelu_of(hidden.to(tl.float32), EXACT=False)
+        slope_desc.store([row, column], gelu_slope(hidden, EXACT=False).to(slope_desc.dtype))
     if SCALED:
+        if KEEP:
+            active_desc.store([row, column], out.to(active_desc.dtype))
         out *= 1.0 / out_scale
     out_desc.store([row, column], out.to(out_desc.dtype))
 
@@ -112,28 +117,34 @@ def _fits(x: torch.Tensor, weight_DK: torch.Tensor, launch: tuple[int, ...], mul
 
 
 def _run(x_MK, weight_DK, bias_D, scales, keep, launch):
-    """(out (M, D) in x's dtype, hidden in bias_D's or nothing); `scales` of the rows of x, weight and out."""
+    """Out (M, D) in x's dtype and, in the bias', slope and active, or nothing.
+
+    `scales` are of the rows of x, weight and out; without them out is active, which is not made twice.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     block_m, block_d, block_k, slices, num_warps, num_stages = launch
     x_MK, weight_DK = for_bulk_copies(x_MK), for_bulk_copies(weight_DK)
     (M, K), D = x_MK.shape, len(weight_DK)
     out_MD = x_MK.new_empty((M, D))
-    hidden_MD = bias_D.new_empty((M, D) if keep else 0)
+    slope_MD = bias_D.new_empty((M, D) if keep else 0)
+    active_MD = bias_D.new_empty((M, D) if keep and scales else 0)
 
     def tiles(tensor, *block):
         return TensorDescriptor.from_tensor(tensor, list(block))
 
     with torch.cuda.device_of(x_MK):
         programs = multiprocessors(x_MK)
-        out_desc = tiles(out_MD, block_m, block_d // slices)
+        slope, active, out = (
+            tiles(made if made.numel() else out_MD, block_m, block_d // slices)
+            for made in (slope_MD, active_MD, out_MD)
+        )
         _linear_gelu_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(D, block_d)),)](
             tiles(x_MK, block_m, block_k),
             tiles(weight_DK, block_d, block_k),
             bias_D.contiguous(),
             *(scales or (None, None, None)),
-            tiles(hidden_MD, block_m, block_d // slices) if keep else out_desc,
-            out_desc,
+            *(slope, active, out),
             *(M, D, K, programs),
             BLOCK_M=block_m,
             BLOCK_D=block_d,
@@ -144,7 +155,7 @@ def _run(x_MK, weight_DK, bias_D, scales, keep, launch):
             num_warps=num_warps,
             num_stages=num_stages,
         )
-    return out_MD, hidden_MD
+    return out_MD, slope_MD, active_MD
 
 
 @torch.library.custom_op(
@@ -153,7 +164,7 @@ def _run(x_MK, weight_DK, bias_D, scales, keep, launch):
     schema="(Tensor x_MK, Tensor weight_DK, Tensor bias_D, bool keep) -> (Tensor, Tensor)",
 )
 def linear_gelu(x_MK, weight_DK, bias_D, keep):
-    """(gelu(hidden), hidden or with keep=False nothing): both of (M, D), no history.
+    """(active, slope or with keep=False nothing): both of (M, D), no history.
 
     Only where `takes` says so. By quack on a Hopper GPU where it is installed, else by Triton.
     """
@@ -161,7 +172,7 @@ def linear_gelu(x_MK, weight_DK, bias_D, keep):
     if products := quack_for(x_MK):
         inputs = (for_bulk_copies(tensor) for tensor in (x_MK, weight_DK, bias_D))
         return products.linear_gelu(*inputs, keep)
-    return _run(x_MK, weight_DK, bias_D, None, keep, _launch(len(weight_DK)))
+    return _run(x_MK, weight_DK, bias_D, None, keep, _launch(len(weight_DK)))[:2]
 
 
 @linear_gelu.register_fake
@@ -174,13 +185,13 @@ def _(x_MK, weight_DK, bias_D, keep):
     "miles_fast::scaled_linear_gelu",
     mutates_args=(),
     schema="(Tensor x_MK, Tensor weight_DK, Tensor bias_D, Tensor x_scale_M, Tensor weight_scale_D, "
-    "Tensor out_scale_M, bool keep) -> (Tensor, Tensor)",
+    "Tensor out_scale_M, bool keep) -> (Tensor, Tensor, Tensor)",
 )
 def scaled_linear_gelu(x_MK, weight_DK, bias_D, x_scale_M, weight_scale_D, out_scale_M, keep):
-    """(e4m3 of gelu(hidden) / out_scale, hidden in the bias' dtype or nothing): both of (M, D), no history.
+    """E4m3 of active / out_scale and, with keep=False nothing, slope and active in the bias' dtype.
 
-    hidden = x_scale weight_scale (x weight^T) + bias of e4m3 numbers. Only where `takes_scaled` says so.
-    By quack on a Hopper GPU where it is installed, else by Triton, which rounds hidden before its GELU.
+    All of (M, D), no history. hidden = x_scale weight_scale (x weight^T) + bias of e4m3 numbers. Only where
+    `takes_scaled` says so. By quack on a Hopper GPU where it is installed, else by Triton.
     """
     scales = tuple(map(for_bulk_copies, (x_scale_M, weight_scale_D, out_scale_M)))
     if products := quack_for(x_MK):
@@ -192,7 +203,8 @@ def scaled_linear_gelu(x_MK, weight_DK, bias_D, x_scale_M, weight_scale_D, out_s
 @scaled_linear_gelu.register_fake
 def _(x_MK, weight_DK, bias_D, x_scale_M, weight_scale_D, out_scale_M, keep):
     shape = len(x_MK), len(weight_DK)
-    return x_MK.new_empty(shape), bias_D.new_empty(shape if keep else 0)
+    kept = (bias_D.new_empty(shape if keep else 0) for _ in range(2))
+    return x_MK.new_empty(shape), *kept
 
 
 def takes(x: torch.Tensor, weight_DK: torch.Tensor) -> bool:

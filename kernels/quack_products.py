@@ -1,17 +1,17 @@
 """Products by quack on Hopper: kernels/linear.py's and, with GELU in their end, kernels/mlp.py's.
 
     out = x weight + bias + residual
-    active = gelu(x weight^T + bias), and with `keep` hidden below it          (an MLP's first, forward)
-    d_hidden = (d_out weight) gelu'(hidden), d_bias = its sum over the rows    (its second, backward),
-    and with `again` gelu(hidden)
+    active = gelu(hidden) and with `keep` slope = gelu'(hidden)         (an MLP's first, forward)
+    d_hidden = (d_out weight) slope, d_bias = its sum over the rows     (its second, backward)
+
+with hidden = x weight^T + bias.
 
 The first two of 8-bit floats too, times a scale of each row of x and of the weight (kernels/fp8_linear.py,
 kernels/fp8_mlp.py).
 
 quack (flash-attn-4 installs it) makes a kernel of a function of one number of the product, compiled at its
-first call and kept on disk (QUACK_CACHE_DIR). Its own exact GELU calls libdevice's erf: 1.10 ms forward where
-the polynomial of kernels/biased_gelu.py takes 1.03, 1.36 where it takes 1.31 backward (an H100, the shape
-below).
+first call and kept on disk (QUACK_CACHE_DIR). Its own exact GELU calls libdevice's erf: 1.10 ms where the
+polynomial of kernels/biased_gelu.py takes 1.03 (an H100, the shape below, hidden instead of the slope).
 
 Letters: M rows, K numbers in and out, D hidden ones.
 """
@@ -45,20 +45,18 @@ def _hopper(rows: int, columns: int, *, pingpong: bool, clusters: tuple[int, int
     )
 
 
-# The fastest of 15 to 18 on an H100 at 128 clips of 785 tokens, 768 to 3072, bf16: 0.83, 0.77 and 1.16 ms.
+# The fastest of 7, 18 and 8 on an H100 at 128 clips of 785 tokens, 768 to 3072, bf16: 1.01, 0.77 and 0.89 ms.
 LAUNCH_KEEP = _hopper(128, 128, pingpong=True, clusters=(1, 2))
 LAUNCH_LEAN = _hopper(128, 192, pingpong=True, clusters=(1, 2))
-LAUNCH_BACKWARD = _hopper(256, 160, pingpong=False, clusters=(1, 2))
-# GELU beside its gradient: 1.37 ms, of seven (the other one's 1.44; two kernels 1.57).
-LAUNCH_BACKWARD_BOTH = _hopper(128, 160, pingpong=True, clusters=(1, 2))
+LAUNCH_BACKWARD = _hopper(128, 192, pingpong=True, clusters=(1, 2))
 # Of six, at every shape of ViT-B (kernels/linear.py).
 PRODUCT_COLUMNS = 192
 LAUNCH_PRODUCT = _hopper(128, PRODUCT_COLUMNS, pingpong=True, clusters=(1, 2))
 # Of 8-bit floats, of six on an H100 at as many rows: 768 to 2304 0.332 ms, where torch._scaled_mm takes
 # 0.374; 3072 to 768 0.364 for 0.341 without the residual, 0.356 for 0.486 with it.
 LAUNCH_SCALED = _hopper(128, PRODUCT_COLUMNS, pingpong=True, clusters=(2, 1))
-# 768 to 3072: 0.701 ms with hidden and 0.645 without, where Triton's takes 0.799 and 0.647.
-LAUNCH_SCALED_GELU = _hopper(256, 128, pingpong=False, clusters=(2, 1))
+# 768 to 3072, of six: 0.906 ms with active and its slope.
+LAUNCH_SCALED_GELU = _hopper(256, 128, pingpong=False, clusters=(1, 2))
 
 
 def _upper_tail(a):
@@ -103,9 +101,9 @@ def _product_bias_and_residual(acc, c, bias):
 
 
 @gemm_epilogue(outputs=("active",), ops={"bias": RowVecLoad("bias")})
-def _hidden_and_gelu(acc, bias):
-    hidden = acc + bias
-    return {"D": hidden, "active": _gelu(hidden)}
+def _gelu_and_its_slope(acc, bias):
+    active, slope = _gelu_and_slope(acc + bias)
+    return {"D": slope, "active": active}
 
 
 @gemm_epilogue(ops={"bias": RowVecLoad("bias")})
@@ -114,16 +112,9 @@ def _gelu_alone(acc, bias):
 
 
 @gemm_epilogue(reduces={"d_bias": RowVecReduce("d_bias")})
-def _gelu_gradient(acc, c):
-    d_hidden = acc * _gelu_and_slope(c)[1]
+def _product_slope(acc, c):
+    d_hidden = acc * c
     return {"D": d_hidden, "d_bias": d_hidden}
-
-
-@gemm_epilogue(outputs=("active",), reduces={"d_bias": RowVecReduce("d_bias")})
-def _gelu_gradient_and_gelu(acc, c):
-    active, slope = _gelu_and_slope(c)
-    d_hidden = acc * slope
-    return {"D": d_hidden, "active": active, "d_bias": d_hidden}
 
 
 _SCALED = {"rows": ColVecLoad("rows"), "columns": RowVecLoad("columns"), "bias": RowVecLoad("bias")}
@@ -142,10 +133,10 @@ def _scaled_product_and_residual(acc, c, rows, columns, bias):
 _SCALED_GELU = {**_SCALED, "inverse": ColVecLoad("inverse")}
 
 
-@gemm_epilogue(outputs=("active",), ops=_SCALED_GELU)
-def _scaled_hidden_and_gelu(acc, rows, columns, bias, inverse):
-    hidden = acc * rows * columns + bias
-    return {"D": hidden, "active": _gelu(hidden) * inverse}
+@gemm_epilogue(outputs=("active", "active8"), ops=_SCALED_GELU)
+def _scaled_gelu_and_its_slope(acc, rows, columns, bias, inverse):
+    active, slope = _gelu_and_slope(acc * rows * columns + bias)
+    return {"D": slope, "active": active, "active8": active * inverse}
 
 
 @gemm_epilogue(ops=_SCALED_GELU)
@@ -172,25 +163,20 @@ def product(
 def linear_gelu(
     x_MK: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(active (M, D), hidden (M, D) or with keep=False nothing) of halves that begin at 16 bytes."""
+    """(active (M, D), slope (M, D) or with keep=False nothing) of halves that begin at 16 bytes."""
     inputs, bias = (x_MK, weight_DK.T), bias_D[None]
     if keep:
-        made = _hidden_and_gelu(*inputs, config=LAUNCH_KEEP, tuned=False, bias=bias)
+        made = _gelu_and_its_slope(*inputs, config=LAUNCH_KEEP, tuned=False, bias=bias)
         return made["active"], made["D"]
     return _gelu_alone(*inputs, config=LAUNCH_LEAN, tuned=False, bias=bias)["D"], x_MK.new_empty(0)
 
 
-def gelu_gradient(
-    d_out_MK: torch.Tensor, weight_KD: torch.Tensor, hidden_MD: torch.Tensor, again: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(d_hidden (M, D), d_bias (D) float32, `again` gelu(hidden), else nothing).
-
-    Of halves that begin at 16 bytes.
-    """
-    compute = _gelu_gradient_and_gelu if again else _gelu_gradient
-    launch = LAUNCH_BACKWARD_BOTH if again else LAUNCH_BACKWARD
-    made = compute(d_out_MK, weight_KD, hidden_MD, config=launch, tuned=False)
-    return made["D"], made["d_bias"], made["active"] if again else hidden_MD.new_empty(0)
+def product_slope(
+    d_out_MK: torch.Tensor, weight_KD: torch.Tensor, slope_MD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(d_hidden (M, D), d_bias (D) float32) of halves that begin at 16 bytes."""
+    made = _product_slope(d_out_MK, weight_KD, slope_MD, config=LAUNCH_BACKWARD, tuned=False)
+    return made["D"], made["d_bias"]
 
 
 def _scaled(
@@ -245,17 +231,18 @@ def scaled_linear_gelu(
     w_scale_D: torch.Tensor,
     out_scale_M: torch.Tensor,
     keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 of gelu(hidden) / out_scale (M, D), hidden in the bias' dtype or with keep=False nothing).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """E4m3 of active / out_scale (M, D) and, with keep=False nothing, slope and active in the bias' dtype.
 
     Of e4m3 numbers and float32 scales; all begin at 16 bytes.
     """
     shape = len(x8_MK), len(w8_DK)
-    active_MD, hidden_MD = x8_MK.new_empty(shape), bias_D.new_empty(shape if keep else 0)
+    active8_MD = x8_MK.new_empty(shape)
+    slope_MD, active_MD = (bias_D.new_empty(shape if keep else 0) for _ in range(2))
     ends = {"rows": x_scale_M, "columns": w_scale_D, "bias": bias_D, "inverse": out_scale_M.reciprocal()}
     if keep:
-        ends["active"] = active_MD
-        _scaled(_scaled_hidden_and_gelu, x8_MK, w8_DK, hidden_MD, None, LAUNCH_SCALED_GELU, **ends)
+        ends |= {"active": active_MD, "active8": active8_MD}
+        _scaled(_scaled_gelu_and_its_slope, x8_MK, w8_DK, slope_MD, None, LAUNCH_SCALED_GELU, **ends)
     else:
-        _scaled(_scaled_gelu_alone, x8_MK, w8_DK, active_MD, None, LAUNCH_SCALED_GELU, **ends)
-    return active_MD, hidden_MD
+        _scaled(_scaled_gelu_alone, x8_MK, w8_DK, active8_MD, None, LAUNCH_SCALED_GELU, **ends)
+    return active8_MD, slope_MD, active_MD

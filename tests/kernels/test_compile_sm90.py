@@ -142,14 +142,14 @@ def _compilations():
         ),
     )
     rows, steps, columns, num_warps = biased_gelu.LAUNCH_BACKWARD[4096]
-    halves = ("d_out_ptr", "hidden_ptr", "d_hidden_ptr", "out_ptr")
-    for again in (False, True):
+    halves = ("d_out_ptr", "hidden_ptr", "d_hidden_ptr")
+    for sloped in (False, True):
         yield (
-            f"gelu_gradient{'_and_output' if again else ''}",
+            f"gelu_gradient{'_of_slope' if sloped else ''}",
             Compilation(
                 kernel=biased_gelu._gelu_gradient_kernel,
                 pointers={**dict.fromkeys(halves, "*bf16"), "partial_ptr": "*fp32"},
-                constants={"AGAIN": again, "ROWS": rows, "STEPS": steps, "COLUMNS": columns},
+                constants={"SLOPED": sloped, "ROWS": rows, "STEPS": steps, "COLUMNS": columns},
                 num_warps=num_warps,
                 max_registers=128,
             ),
@@ -197,8 +197,10 @@ def _linear_gelu_compilations():
                         "x_desc": f"tensordesc<{halves}[{rows}, {depth}]>",
                         "weight_desc": f"tensordesc<{halves}[{columns}, {depth}]>",
                         "bias_ptr": "*bf16",
-                        "hidden_desc": f"tensordesc<bf16[{rows}, {columns // slices}]>",
-                        "out_desc": f"tensordesc<{halves}[{rows}, {columns // slices}]>",
+                        **{
+                            f"{name}_desc": f"tensordesc<{dtype}[{rows}, {columns // slices}]>"
+                            for name, dtype in (("slope", "bf16"), ("active", "bf16"), ("out", halves))
+                        },
                         **(scales if kind else {}),
                     },
                     constants={
