@@ -29,6 +29,7 @@ from miles_fast.training.planning import (
     plan,
     rank_spread,
 )
+from miles_fast.training.progress import read_records
 
 ROOT = Path(__file__).resolve().parent
 
@@ -114,8 +115,8 @@ def _rows(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
     """The row of so many GPUs of what throughput.py wrote."""
     batch = planned.settings.batch
     try:
-        tree = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        tree = json.loads(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path}: not json ({error})") from error
     try:
         rows = [row for row in tree.get("scaling", []) if row.get("gpus") == gpus]
@@ -136,9 +137,7 @@ def _rows(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
 
 def _log(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
     """The records of a run's log that hold its speed, behind compiling and warming up."""
-    *lines, _ = _text(path).split("\n")  # a full disk cuts the last one, which is empty otherwise
-    records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
-    records = [record for record in records if _is_above_zero(record.get("clips_per_second"))]
+    records = [record for record in read_records(path) if _is_above_zero(record.get("clips_per_second"))]
     records = records[len(records) // 3 :]
     _check_config(path, planned)
     _check_clips(path, records, gpus, planned)
@@ -166,23 +165,6 @@ def _check_clips(path: Path, records: list[dict[str, Any]], gpus: int, planned: 
             f"gradient_accumulation_steps of {planned.ds_config} are {batch} x {accumulation} on each of "
             f"{gpus} GPUs; name the measured one with --ds_config, and as many GPUs as that run had"
         )
-
-
-def _record(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {number} is not a record ({error.msg}); delete that line") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: line {number} is not a record ({line:.40}); delete that line")
-    return record
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not text in UTF-8 ({error}); name a log.jsonl or json") from error
 
 
 def _is_above_zero(value: Any) -> bool:
