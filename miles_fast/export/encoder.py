@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miles_fast.data.augmentation import PillowAugmentation
 from miles_fast.data.video_files import VideoFile, read_video_file
-from miles_fast.models.caption_tokens import CaptionEncoder
+from miles_fast.models.caption_tokens import CaptionEncoder, caption_length
 from miles_fast.models.dual_encoder import DualEncoder, unit
 
 Videos = Tensor | Sequence[str | Path]
@@ -77,11 +77,8 @@ class VideoTextEncoder(DualEncoder):
             raise ValueError("this model has no tokenizer: load it with miles_fast.load(folder)")
         if isinstance(captions, str) or not captions:
             raise ValueError("encode_text takes a list of captions with at least one in it")
-        most, device = self.config.text.max_positions, self.vid_proj[0].weight.device
-        length = min(32, most) if length is None else length
-        if not 3 <= length <= most:
-            raise ValueError(f"length {length}: this model takes captions of 3 to {most} tokens")
-        encode, parts = CaptionEncoder(self.tokenizer, length), []
+        encode = CaptionEncoder(self.tokenizer, caption_length(length, self.config.text.max_positions))
+        device, parts = self.vid_proj[0].weight.device, []
         for start in range(0, len(captions), batch):
             tokens_B2L = torch.from_numpy(encode(captions[start : start + batch])).to(device)
             parts.append(unit(self.embed_text(*tokens_B2L.unbind(1))))
