@@ -240,6 +240,14 @@ def test_mistakes_name_the_file_and_the_remedy(model, tmp_path):
     for call in (model.encode_video, model.encode_patches, model.read_videos):
         with pytest.raises(ValueError, match="num_frames 0: must be at least 1"):
             call([gif(tmp_path / "a.gif", [0, 50])], num_frames=0)
+    for call, given in (
+        (model.encode_video, torch.zeros(1, 2, 3, 32, 32)),
+        (model.encode_patches, torch.zeros(1, 2, 3, 32, 32)),
+        (model.encode_text, ["a dog"]),
+    ):
+        for batch in (0, -1):
+            with pytest.raises(ValueError, match=f"batch {batch}: must be at least 1"):
+                call(given, batch=batch)
     (tmp_path / "set.json").write_text(json.dumps({"format": "x"}))
     with pytest.raises(ValueError, match="name a folder that launch/embed.py wrote"):
         read_set(tmp_path)
