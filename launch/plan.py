@@ -24,6 +24,7 @@ from miles_fast.training.planning import (
     Links,
     Measured,
     Plan,
+    deciding,
     differences,
     model_sizes,
     plan,
@@ -122,6 +123,8 @@ def _rows(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
         rows = [row for row in tree.get("scaling", []) if row.get("gpus") == gpus]
         rows = rows or (tree.get("step", [])[:1] if gpus == 1 else [])
         batches = [tree.get("batch", batch), *(row.get("batch", batch) for row in rows)]
+        if "config" in tree:  # older files lack it
+            _check_config(path, tree["config"], planned)
     except (AttributeError, TypeError) as error:
         raise ValueError(
             f"{path}: not what benchmarks/throughput.py writes ({error}); name the --json of its scaling or "
@@ -139,17 +142,19 @@ def _log(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
     """The records of a run's log that hold its speed, behind compiling and warming up."""
     records = [record for record in read_records(path) if _is_above_zero(record.get("clips_per_second"))]
     records = records[len(records) // 3 :]
-    _check_config(path, planned)
+    config = path.with_name("config.json")
+    if config.is_file():
+        _check_config(path, deciding(load_config(config)), planned)
     _check_clips(path, records, gpus, planned)
     return records
 
 
-def _check_config(path: Path, planned: Planned) -> None:
-    file = path.with_name("config.json")
-    if file.is_file() and (changed := differences(load_config(file), planned.config)):
+def _check_config(path: Path, measured: dict[str, Any], planned: Planned) -> None:
+    if changed := differences(measured, planned.config):
         raise ValueError(
             f"{path}: measured with another config than {planned.config_file} (measured -> planned): "
-            f"{'; '.join(changed)}. Plan with --config {file}, or name a log of what is planned"
+            f"{'; '.join(changed)}. Plan with the measured one (--config; a run's is config.json beside its "
+            "log), or name a measurement of what is planned"
         )
 
 
