@@ -51,6 +51,7 @@ from miles_fast.options import above_zero, at_least
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
 from miles_fast.training.engine import init_process_group
 from miles_fast.training.loop import pretrain
+from miles_fast.training.planning import deciding
 from miles_fast.training.signals import exit_with_status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,6 +269,7 @@ def main() -> int:
         prepare_demo(Path(config.data.demo_corpus))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     head = {"machine": machine, "torch": torch.__version__, "batch": settings.batch}
+    head["config"] = deciding(config)  # for launch/plan.py, which compares it with what is planned
     print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}")
     runs = {options.what: PROGRAMS.get(options.what)}
     if options.what == "all":

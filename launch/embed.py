@@ -30,6 +30,7 @@ from miles_fast.export.embedding_set import (
 )
 from miles_fast.export.run import load
 from miles_fast.files import write_whole
+from miles_fast.models.caption_tokens import SHORTEST, caption_length
 from miles_fast.options import at_least
 from miles_fast.training.signals import exit_with_status
 
@@ -47,7 +48,9 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for the parts")
     parser.add_argument("--format", dest="layout", default="npz", choices=get_args(Layout))
     parser.add_argument("--frames", type=at_least(1), help="frames per clip; default: the model's own")
-    parser.add_argument("--caption-tokens", type=int, help="default: 32, or all that the model takes")
+    parser.add_argument(
+        "--caption-tokens", type=at_least(SHORTEST), help="default: 32, or all that the model takes"
+    )
     parser.add_argument("--batch", type=at_least(1), default=64 if device.type == "cuda" else 16)
     parser.add_argument("--part-size", type=at_least(1), default=16384, help="samples of one file")
     parser.add_argument("--workers", type=at_least(1), default=4, help="reading processes")
@@ -71,9 +74,7 @@ def main() -> None:
     model = load(options.model, tokenizer=options.tokenizer)
     frames = options.frames or model.config.video.num_frames
     most = model.config.text.max_positions
-    tokens = min(32, most) if options.caption_tokens is None else options.caption_tokens
-    if not 3 <= tokens <= most:
-        raise ValueError(f"--caption-tokens {tokens}: this model takes 3 to {most}")
+    tokens = caption_length(options.caption_tokens, most, key="--caption-tokens")
     source = SourceConfig(shards=options.shards, name="embed")
     data = DataConfig(
         train=[source],

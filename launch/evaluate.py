@@ -29,6 +29,7 @@ from miles_fast.evaluation.protocols import NAMES, find_protocol
 from miles_fast.evaluation.retrieval import evaluate_retrieval
 from miles_fast.evaluation.retrieval import table as retrieval_table
 from miles_fast.export.run import load
+from miles_fast.models.caption_tokens import SHORTEST, caption_length
 from miles_fast.options import at_least
 from miles_fast.training.engine import init_process_group
 
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--frames", type=at_least(1), help="frames per clip; default: 4, or the protocol's")
     parser.add_argument(
         "--caption-tokens",
-        type=at_least(3),
+        type=at_least(SHORTEST),
         help="default: 32 or the protocol's, or the model's most",
     )
     parser.add_argument("--batch", type=at_least(1), default=32)
@@ -87,19 +88,6 @@ def main() -> None:
     on_videos(protocol, options)
 
 
-def caption_length(asked: int | None, usual: int, max_positions: int) -> int:
-    """Tokens of a caption: those asked for, else the usual number or as many as the model takes.
-
-    Raises ValueError where more are asked for than it takes.
-    """
-    if asked is not None and asked > max_positions:
-        raise ValueError(
-            f"--caption-tokens {asked} exceeds the model's max_positions {max_positions}; write "
-            f"{max_positions} or less"
-        )
-    return asked or min(usual, max_positions)
-
-
 def on_videos(protocol: Protocol, options: argparse.Namespace) -> None:
     """A protocol, or a probe of its features, on the videos of a data set."""
     if not options.model or not options.data:
@@ -108,8 +96,10 @@ def on_videos(protocol: Protocol, options: argparse.Namespace) -> None:
     device = init_process_group()
     configure_logging()
     model = load(options.model, str(device), tokenizer=options.tokenizer)
-    length = caption_length(options.caption_tokens, protocol.caption_tokens, model.config.text.max_positions)
-    protocol = replace(protocol, caption_tokens=length)
+    if options.caption_tokens:
+        most = model.config.text.max_positions
+        length = caption_length(options.caption_tokens, most, key="--caption-tokens")
+        protocol = replace(protocol, caption_tokens=length)
     embedder = Embedder(
         model=model,
         device=device,
@@ -155,7 +145,9 @@ def on_shards(options: argparse.Namespace) -> None:
     data = DataConfig(
         train=[source],
         frames_per_clip=options.frames or 4,
-        caption_tokens=caption_length(options.caption_tokens, 32, model.config.text.max_positions),
+        caption_tokens=caption_length(
+            options.caption_tokens, model.config.text.max_positions, key="--caption-tokens"
+        ),
         allowed_prefixes=options.allow,
     )
     loader = EvaluationLoader(

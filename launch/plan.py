@@ -24,11 +24,13 @@ from miles_fast.training.planning import (
     Links,
     Measured,
     Plan,
+    deciding,
     differences,
     model_sizes,
     plan,
     rank_spread,
 )
+from miles_fast.training.progress import read_records
 
 ROOT = Path(__file__).resolve().parent
 
@@ -114,13 +116,15 @@ def _rows(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
     """The row of so many GPUs of what throughput.py wrote."""
     batch = planned.settings.batch
     try:
-        tree = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        tree = json.loads(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path}: not json ({error})") from error
     try:
         rows = [row for row in tree.get("scaling", []) if row.get("gpus") == gpus]
         rows = rows or (tree.get("step", [])[:1] if gpus == 1 else [])
         batches = [tree.get("batch", batch), *(row.get("batch", batch) for row in rows)]
+        if "config" in tree:  # older files lack it
+            _check_config(path, tree["config"], planned)
     except (AttributeError, TypeError) as error:
         raise ValueError(
             f"{path}: not what benchmarks/throughput.py writes ({error}); name the --json of its scaling or "
@@ -136,21 +140,21 @@ def _rows(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
 
 def _log(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
     """The records of a run's log that hold its speed, behind compiling and warming up."""
-    *lines, _ = _text(path).split("\n")  # a full disk cuts the last one, which is empty otherwise
-    records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
-    records = [record for record in records if _is_above_zero(record.get("clips_per_second"))]
+    records = [record for record in read_records(path) if _is_above_zero(record.get("clips_per_second"))]
     records = records[len(records) // 3 :]
-    _check_config(path, planned)
+    config = path.with_name("config.json")
+    if config.is_file():
+        _check_config(path, deciding(load_config(config)), planned)
     _check_clips(path, records, gpus, planned)
     return records
 
 
-def _check_config(path: Path, planned: Planned) -> None:
-    file = path.with_name("config.json")
-    if file.is_file() and (changed := differences(load_config(file), planned.config)):
+def _check_config(path: Path, measured: dict[str, Any], planned: Planned) -> None:
+    if changed := differences(measured, planned.config):
         raise ValueError(
             f"{path}: measured with another config than {planned.config_file} (measured -> planned): "
-            f"{'; '.join(changed)}. Plan with --config {file}, or name a log of what is planned"
+            f"{'; '.join(changed)}. Plan with the measured one (--config; a run's is config.json beside its "
+            "log), or name a measurement of what is planned"
         )
 
 
@@ -166,23 +170,6 @@ def _check_clips(path: Path, records: list[dict[str, Any]], gpus: int, planned: 
             f"gradient_accumulation_steps of {planned.ds_config} are {batch} x {accumulation} on each of "
             f"{gpus} GPUs; name the measured one with --ds_config, and as many GPUs as that run had"
         )
-
-
-def _record(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {number} is not a record ({error.msg}); delete that line") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: line {number} is not a record ({line:.40}); delete that line")
-    return record
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not text in UTF-8 ({error}); name a log.jsonl or json") from error
 
 
 def _is_above_zero(value: Any) -> bool:

@@ -27,6 +27,7 @@ from miles_fast.export.report_page import (
     write_report,
 )
 from miles_fast.export.run import load
+from miles_fast.models.caption_tokens import caption_length
 from miles_fast.training.progress import read_log
 
 
@@ -89,9 +90,8 @@ def collect(
     if config:
         data = config.data
     else:
-        text, video = model.config.text, model.config.video
-        tokens = min(32, text.max_positions)
-        data = DataConfig(train=[source], frames_per_clip=video.num_frames, caption_tokens=tokens)
+        frames, tokens = model.config.video.num_frames, caption_length(None, model.config.text.max_positions)
+        data = DataConfig(train=[source], frames_per_clip=frames, caption_tokens=tokens)
     loader = EvaluationLoader(
         source,
         replace(data, decode_workers=2),

@@ -27,7 +27,7 @@ from miles_fast.data.clips import BadSample, Clip
 from miles_fast.data.video_files import VideoFile, decode_files
 from miles_fast.distributed import gather_objects, rank, world_size
 from miles_fast.evaluation.host_copies import on_host
-from miles_fast.models.caption_tokens import CaptionEncoder
+from miles_fast.models.caption_tokens import CaptionEncoder, caption_length
 from miles_fast.models.dual_encoder import DualEncoder, unit
 
 PART = 256
@@ -66,8 +66,11 @@ class Embedder:
         return self._in_parts(list(files), about, describe, embed)
 
     def texts(self, captions: Sequence[str], length: int) -> Tensor:
-        """(N, E) in the order of the captions, cut at `length` tokens. All ranks must call it."""
-        length = min(length, self.model.config.text.max_positions)
+        """(N, E) in the order of the captions, cut at `length` tokens or as many as the model takes.
+
+        All ranks must call it.
+        """
+        length = caption_length(None, self.model.config.text.max_positions, usual=length)
         found, _ = self._in_parts(
             list(captions),
             ["texts", length],

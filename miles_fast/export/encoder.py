@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miles_fast.data.augmentation import PillowAugmentation
 from miles_fast.data.video_files import VideoFile, read_video_file
-from miles_fast.models.caption_tokens import CaptionEncoder
+from miles_fast.models.caption_tokens import CaptionEncoder, caption_length
 from miles_fast.models.dual_encoder import DualEncoder, unit
 
 Videos = Tensor | Sequence[str | Path]
@@ -27,7 +27,7 @@ class VideoTextEncoder(DualEncoder):
     def encode_video(self, videos: Videos, num_frames: int | None = None, batch: int = 16) -> Tensor:
         """Clips in the shared space, (B, E); `num_frames` are taken of each file (default: the model's own).
 
-        Raises ValueError naming the file that cannot be decoded, and why, and for `num_frames` below 1.
+        Raises ValueError naming the file that cannot be decoded, and why, and for numbers below 1.
         """
         parts = [unit(self.embed_video(video)) for video in self._batches(videos, num_frames, batch)]
         return torch.cat(parts)
@@ -71,17 +71,16 @@ class VideoTextEncoder(DualEncoder):
     def encode_text(self, captions: Sequence[str], length: int | None = None, batch: int = 256) -> Tensor:
         """Captions in the shared space, (B, E), cut at `length` tokens (default: 32, or the model's most).
 
-        Raises ValueError for a `length` without room for a word beside [CLS] and [SEP], or above that most.
+        Raises ValueError for a `length` without room for a word beside [CLS] and [SEP], or above that most,
+        and for a `batch` below 1.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: load it with miles_fast.load(folder)")
         if isinstance(captions, str) or not captions:
             raise ValueError("encode_text takes a list of captions with at least one in it")
-        most, device = self.config.text.max_positions, self.vid_proj[0].weight.device
-        length = min(32, most) if length is None else length
-        if not 3 <= length <= most:
-            raise ValueError(f"length {length}: this model takes captions of 3 to {most} tokens")
-        encode, parts = CaptionEncoder(self.tokenizer, length), []
+        _check_at_least_one("batch", batch)
+        encode = CaptionEncoder(self.tokenizer, caption_length(length, self.config.text.max_positions))
+        device, parts = self.vid_proj[0].weight.device, []
         for start in range(0, len(captions), batch):
             tokens_B2L = torch.from_numpy(encode(captions[start : start + batch])).to(device)
             parts.append(unit(self.embed_text(*tokens_B2L.unbind(1))))
@@ -107,12 +106,12 @@ class VideoTextEncoder(DualEncoder):
     def _frames_of_a_clip(self, num_frames: int | None) -> int:
         if num_frames is None:
             return self.config.video.num_frames
-        if num_frames < 1:
-            raise ValueError(f"num_frames {num_frames}: must be at least 1, or None for the model's own")
+        _check_at_least_one("num_frames", num_frames)
         return num_frames
 
     def _batches(self, videos: Videos, num_frames: int | None, batch: int):
         num_frames = self._frames_of_a_clip(num_frames)
+        _check_at_least_one("batch", batch)
         device, size = self.vid_proj[0].weight.device, self.config.video.image_size
         if isinstance(videos, str | Path) or not len(videos):
             raise ValueError("videos are a tensor (B, T, 3, H, W) or a list of paths, at least one")
@@ -129,3 +128,8 @@ class VideoTextEncoder(DualEncoder):
         for start in range(0, len(videos), batch):
             part = videos[start : start + batch]
             yield (part if isinstance(part, Tensor) else self.read_videos(part, num_frames)).to(device)
+
+
+def _check_at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{key} {value}: must be at least 1; leave it out for the default")

@@ -22,6 +22,7 @@ from miles_fast.data.sampling import evaluation_view, segment_frames
 from miles_fast.export.model_card import model_card
 from miles_fast.export.pretrained import Pretrained
 from miles_fast.files import whole_folder
+from miles_fast.models.caption_tokens import caption_length
 from miles_fast.models.dual_encoder import DualEncoder, unit
 from miles_fast.models.text_encoder import load_tokenizer
 from miles_fast.models.torchvision_cpu import repair_torchvision
@@ -158,9 +159,13 @@ class MilesProcessor(ProcessorMixin):
         self,
         videos: Sequence[Sequence[np.ndarray]] | None = None,
         text: str | Sequence[str] | None = None,
-        max_length: int = 32,
+        max_length: int | None = None,
     ) -> BatchFeature:
-        """`pixel_values` of videos, `input_ids` and `attention_mask` of text, as torch tensors."""
+        """`pixel_values` of videos, `input_ids` and `attention_mask` of text, as torch tensors.
+
+        Text is cut at `max_length` tokens (default: 32, or the model's most). Raises ValueError for a
+        `max_length` without room for a word beside [CLS] and [SEP], or above that most.
+        """
         if videos is None and text is None:
             raise ValueError("MilesProcessor takes videos, text, or both")
         data: dict[str, Tensor] = {}
@@ -168,8 +173,9 @@ class MilesProcessor(ProcessorMixin):
             data["pixel_values"] = self.feature_extractor(videos)
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
+            length = caption_length(max_length, self.tokenizer.model_max_length, key="max_length")
             encoded = self.tokenizer(
-                texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+                texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
             )
             data |= {name: encoded[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(data)
@@ -192,5 +198,7 @@ def write_hugging_face(found: Pretrained, folder: Path) -> None:
     extractor = MilesFeatureExtractor(num_frames=video.num_frames, image_size=video.image_size)
     with whole_folder(folder, spare_others=True) as partial:
         model.save_pretrained(partial)
-        MilesProcessor(extractor, load_tokenizer(found.tokenizer)).save_pretrained(partial)
+        tokenizer = load_tokenizer(found.tokenizer)
+        tokenizer.model_max_length = found.config.text.max_positions  # the processor knows it from here only
+        MilesProcessor(extractor, tokenizer).save_pretrained(partial)
         (partial / "README.md").write_text(model_card(found))

@@ -7,6 +7,19 @@ from typing import Any
 
 import numpy as np
 
+SHORTEST = 3  # [CLS], one token of a word, [SEP]
+
+
+def caption_length(asked: int | None, most: int, usual: int = 32, key: str = "length") -> int:
+    """Tokens of a caption: those asked for, else the usual number, or the model's most where that is less.
+
+    Raises ValueError, naming the `key`, where fewer than SHORTEST or more than `most` are asked for.
+    """
+    length = min(usual, most) if asked is None else asked
+    if not SHORTEST <= length <= most:
+        raise ValueError(f"{key} {length}: this model takes captions of {SHORTEST} to {most} tokens")
+    return length
+
 
 class CaptionEncoder:
     """Encodes captions as transformers' fast tokenizer would, cut and padded to `length`; can be pickled."""

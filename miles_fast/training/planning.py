@@ -93,16 +93,17 @@ def model_sizes(config: Config, vocabulary_size: int) -> Sizes:
     )
 
 
-def differences(measured: Config, planned: Config) -> list[str]:
-    """Lines `key: measured -> planned` of what decides how long a step takes and what it holds."""
+def differences(measured: dict[str, Any], planned: Config) -> list[str]:
+    """Lines `key: measured -> planned` of what `deciding` found in what was measured and is planned."""
     return [
         line
-        for section, old in _deciding(measured).items()
-        for line in model_difference(old, _deciding(planned)[section], section)
+        for section, new in deciding(planned).items()
+        for line in model_difference(measured.get(section, {}), new, section)
     ]
 
 
-def _deciding(config: Config) -> dict[str, Any]:
+def deciding(config: Config) -> dict[str, Any]:
+    """What decides how long a step takes and what it holds, by section."""
     return {
         "model": to_dict(_without_files(config.model)),
         "data": {name: getattr(config.data, name) for name in ("frames_per_clip", "caption_tokens")},

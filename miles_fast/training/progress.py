@@ -104,24 +104,29 @@ def process_seconds() -> float:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """All records of a run's log.jsonl. Raises ValueError for a line that is none."""
-    path = run / "log.jsonl"
-    return [_record(path, *numbered) for numbered in enumerate(path.read_bytes().splitlines(), start=1)]
+    """All records of a run's log.jsonl, as `read_records` reads them."""
+    return read_records(run / "log.jsonl")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a log but a last one that a full disk cut. Raises ValueError for a line that is none."""
+    records = []
+    *lines, _ = path.read_bytes().split(b"\n")  # behind the last line's end there is nothing, or what was cut
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line.decode())
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            shown = line[:40].decode(errors="replace")
+            raise ValueError(f"{path}: line {number} is not a record ({shown}); delete that line")
+        records.append(record)
+    return records
 
 
 def _cut(path: Path, first_step: int) -> None:
-    lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]  # a full disk cuts the last one
-    steps = [_record(path, number, line)["step"] for number, line in enumerate(whole, start=1)]
-    kept = [line for line, step in zip(whole, steps, strict=True) if step <= first_step]
-    write_whole(path, b"".join(kept).decode())
-
-
-def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        return json.loads(line.decode())
-    except ValueError as error:
-        raise ValueError(f"{path}: line {number} is not a record ({error}); delete that line") from error
+    kept = [record for record in read_records(path) if record["step"] <= first_step]
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -348,6 +348,21 @@ def test_no_frames_are_refused_in_one_line(ours, tmp_path, monkeypatch, frames):
     assert not (tmp_path / "out").exists()
 
 
+def test_hugging_face_takes_captions_as_long_as_the_model_does(ours, tmp_path):
+    import miles_fast.export.hugging_face  # noqa: F401
+
+    repair_torchvision()
+    from transformers import AutoProcessor
+
+    folder, _ = write_pretrained(read_pretrained(ours), "hf", tmp_path / "hf")
+    processor, caption = AutoProcessor.from_pretrained(folder), ["a red dog moves " * 9]
+    assert processor(text=caption)["input_ids"].shape == (1, 16)
+    assert processor(text=caption, max_length=3)["input_ids"].shape == (1, 3)
+    for length in (-1, 0, 2, 17):
+        with pytest.raises(ValueError, match=f"max_length {length}: this model takes captions of 3 to 16"):
+            processor(text=caption, max_length=length)
+
+
 def test_hugging_face_loads_it_by_its_own_classes(ours, tmp_path):
     from PIL import Image
 

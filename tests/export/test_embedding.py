@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import caption, write_frames
 
 import miles_fast
-from launch.embed import speed
+from launch import embed
 from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.batches import Quarantine
 from miles_fast.data.loader import EvaluationLoader
@@ -119,12 +119,20 @@ def test_killed_at_any_moment_nothing_is_lost(ours, model, shards, tmp_path):
     np.testing.assert_allclose(found.videos, videos, atol=1e-6)
 
 
+def test_captions_without_room_for_a_word_are_refused_before_the_model_is_read(monkeypatch, capsys):
+    command = ["embed.py", "nowhere", "--shards", "x", "--output", "y", "--caption-tokens", "2"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        embed.main()
+    assert "--caption-tokens: '2': write a whole number, 3 or greater" in capsys.readouterr().err
+
+
 def test_speed_is_the_median_behind_the_start_up():
     steady = [(50 + 0.25 * batch, 64 * (batch + 1)) for batch in range(41)]
     marks = [(0.0, 0), *steady[:20], *((seconds + 9, done) for seconds, done in steady[20:])]  # a pause
-    assert speed(marks) == {"startup_seconds": 50.0, "clips_per_second": 256.0}
-    assert speed(marks[:1]) == {"startup_seconds": None, "clips_per_second": None}
-    assert speed(marks[:2]) == {"startup_seconds": 50.0, "clips_per_second": None}
+    assert embed.speed(marks) == {"startup_seconds": 50.0, "clips_per_second": 256.0}
+    assert embed.speed(marks[:1]) == {"startup_seconds": None, "clips_per_second": None}
+    assert embed.speed(marks[:2]) == {"startup_seconds": 50.0, "clips_per_second": None}
 
 
 @pytest.mark.gpu
@@ -232,6 +240,14 @@ def test_mistakes_name_the_file_and_the_remedy(model, tmp_path):
     for call in (model.encode_video, model.encode_patches, model.read_videos):
         with pytest.raises(ValueError, match="num_frames 0: must be at least 1"):
             call([gif(tmp_path / "a.gif", [0, 50])], num_frames=0)
+    for call, given in (
+        (model.encode_video, torch.zeros(1, 2, 3, 32, 32)),
+        (model.encode_patches, torch.zeros(1, 2, 3, 32, 32)),
+        (model.encode_text, ["a dog"]),
+    ):
+        for batch in (0, -1):
+            with pytest.raises(ValueError, match=f"batch {batch}: must be at least 1"):
+                call(given, batch=batch)
     (tmp_path / "set.json").write_text(json.dumps({"format": "x"}))
     with pytest.raises(ValueError, match="name a folder that launch/embed.py wrote"):
         read_set(tmp_path)

@@ -15,6 +15,7 @@ from miles_fast.training.planning import (
     Links,
     Measured,
     Sizes,
+    deciding,
     model_sizes,
     plan,
     rank_spread,
@@ -174,12 +175,14 @@ GOOD = json.dumps({"clips_per_second": 400.0, "step_milliseconds": 160.0, "memor
         ("a.json", '{"scaling": 1}', "a.json: not what"),
         ("a.json", '{"scaling": [1]}', "a.json: not what"),
         ("a.json", '{"step": {}}', "a.json: not what"),
+        ("a.json", '{"config": 1}', "a.json: not what"),
+        ("a.json", '{"config": {"model": 1}}', "a.json: not what"),
         ("a.json", '{"scaling": [{"clips_per_second": 1.0}]}', "a.json: holds no clips_per_second above 0"),
         ("a.json", '{"scaling": [{"gpus": 1, "clips_per_second": null}]}', "a.json: holds no"),
         ("a.json", '{"scaling": [{"gpus": 1, "clips_per_second": 0}]}', "a.json: holds no"),
         ("a.json", '{"batch": 64, "step": [{"clips_per_second": 9.0, "batch": 32}]}', "32 clips a GPU"),
-        ("a.json", b"\xff", "a.json: not text in UTF-8"),
-        ("a.jsonl", b"\xff", "a.jsonl: not text in UTF-8"),
+        ("a.json", b"\xff", "a.json: not json"),
+        ("a.jsonl", b"\xff\n", "a.jsonl: line 1 is not a record"),
         ("a.jsonl", GOOD + "[1]\n", r"a.jsonl: line 2 is not a record \(\[1\]\)"),
         ("a.jsonl", GOOD + GOOD + GOOD[:9] + "\n" + GOOD, "a.jsonl: line 3 is not a record"),
         ("a.jsonl", '{"clips_per_second": null}\n{"clips_per_second": 0}\n', "a.jsonl: holds no"),
@@ -220,6 +223,16 @@ def test_a_log_of_another_config_is_refused(measurement, tmp_path):
     assert measurement("log.jsonl", GOOD).clips_per_second == 400
     write(model={"embedding": 32}, data={"frames_per_clip": 1}, method={"view": "B"})
     changed = "model.embedding: 32 -> 16; data.frames_per_clip: 1 -> 2; method.view: 'B' -> 'A'"
-    said = f"log.jsonl: measured with another config than tiny.yaml .*: {changed}. Plan with --config .*json"
+    said = f"log.jsonl: measured with another config than tiny.yaml .*: {changed}. Plan with .*--config"
     with pytest.raises(ValueError, match=said):
         measurement("log.jsonl", GOOD)
+
+
+def test_a_benchmark_of_another_config_is_refused_where_its_file_has_it(measurement, tmp_path):
+    def tree(**sections):
+        head = {"batch": 64, "config": deciding(tiny_config(tmp_path, **sections))}
+        return json.dumps(head | {"step": [{"clips_per_second": 400.0}]})
+
+    assert measurement("a.json", tree(run={"steps": 9})).clips_per_second == 400
+    with pytest.raises(ValueError, match="a.json: measured with another .*: method.view: 'B' -> 'A'. Plan"):
+        measurement("a.json", tree(method={"view": "B"}))

@@ -66,7 +66,12 @@ def test_tensorboard_is_left_out_when_it_cannot_write(log, tmp_path, caplog):
     assert len(read_log(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("line", [b"\xff", b"{"], ids=["bytes", "json"])
+def test_a_last_line_that_a_full_disk_cut_is_no_record(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"step"')
+    assert read_log(tmp_path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"{", b"[1]"], ids=["bytes", "json", "list"])
 @pytest.mark.parametrize("read", [read_log, lambda run: StepLog(run, 2, 9)], ids=["read", "resumed"])
 def test_a_line_that_is_no_record_is_named(tmp_path, read, line):
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
