@@ -39,6 +39,7 @@ from miles_fast.training.recovery import (
     keep_best,
     roll_back,
     save_if_due,
+    saving_on_error,
     skipped,
 )
 from miles_fast.training.saving import Saver
@@ -246,7 +247,8 @@ def _train_from(t: Training, first_step: int) -> int | None:
                     warn_of_collapse(record["target_std"], run)
             if t.evaluate is not None and (last or (run.evaluate_every and step % run.evaluate_every == 0)):
                 t.watchdog.report(f"evaluating after step {step}")
-                verdict, result = _evaluate(t, step)
+                with saving_on_error(t, step):
+                    verdict, result = _evaluate(t, step)
                 meter.pause()
             ends = last or verdict.stop
             save_if_due(t, step, vote, last=ends, best=result if verdict.improved else None)
