@@ -79,7 +79,6 @@ def pretrain(
             state = read_state(checkpoint, config) if checkpoint else {"step": 0}
             first_step = state["step"]
             goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(run.resolve())
-            prepare_folder(run, config, keep=goes_on)
             torch.manual_seed(config.run.seed)
             watchdog.report("building the model")
             tokenizer = load_tokenizer(config.model.text.tokenizer_source)
@@ -110,6 +109,8 @@ def pretrain(
                     "the new size. Change gradient_accumulation_steps with the number of ranks to keep it",
                     *(checkpoint, state["clips_per_step"], clips, first_step),
                 )
+            # Not before: a start that fails leaves the folder as it was.
+            prepare_folder(run, config, keep=goes_on)
             log = stack.enter_context(contextlib.closing(StepLog(run, first_step, config.run.steps)))
             stop = stack.enter_context(contextlib.closing(StopRequest()))
             stopping = None
