@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miles_fast.config import Config, to_dict
+from miles_fast.config import Config
+from miles_fast.config_tree import to_dict
 from miles_fast.distributed import gather_objects, rank, world_size
 from miles_fast.files import flush_to_disk, write_whole
 from miles_fast.models.storage import write_model
