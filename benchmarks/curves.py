@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from variants import BASELINES, BF16, CONFIGURED, FP8, Experiment, Variant, train_variant
 
-from miles_fast.config import load_config
+from miles_fast.config_tree import load_config
 
 # By name: the reference, the same in bf16, and the run in question.
 COMPARED = (*(variant for variant in reversed(BASELINES) if "published" in variant.name), CONFIGURED)

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from loader_stages import WARMUP
 
-from miles_fast.config import load_config
+from miles_fast.config_tree import load_config
 from miles_fast.data.batches import Batch
 from miles_fast.data.loader import Loader
 from miles_fast.training import loop

@@ -42,7 +42,8 @@ from scaling import measure_scaling
 from scaling import table as scaling_table
 from step_parts import host_table, idle_table, parts_of, table
 
-from miles_fast.config import Config, load_config
+from miles_fast.config import Config
+from miles_fast.config_tree import load_config
 from miles_fast.data.demo import prepare_demo
 from miles_fast.data.shards import expand_shards
 from miles_fast.data.sources import open_shards

@@ -22,7 +22,8 @@ import torch
 from energy import EnergyMeter
 from loader_stages import WARMUP
 
-from miles_fast.config import Config, load_config
+from miles_fast.config import Config
+from miles_fast.config_tree import load_config
 from miles_fast.distributed import logger
 from miles_fast.models.flops import training_flops
 from miles_fast.training.ds_config import EngineSettings, check_ds_config

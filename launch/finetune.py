@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from miles_fast.config import Config, ConfigError, load_config, to_dict
+from miles_fast.config import Config, ConfigError
+from miles_fast.config_tree import load_config, to_dict
 from miles_fast.distributed import barrier, configure_logging, logger, rank
 from miles_fast.evaluation.validation import validation
 from miles_fast.export.pretrained import Pretrained, architecture_of, is_foreign, read_pretrained

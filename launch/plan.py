@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from miles_fast.config import Config, load_config
+from miles_fast.config import Config
+from miles_fast.config_tree import load_config
 from miles_fast.options import above_zero, at_least, number
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
 from miles_fast.training.planning import (

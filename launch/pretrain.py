@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from miles_fast.config import load_config
+from miles_fast.config_tree import load_config
 from miles_fast.data.demo import prepare_demo
 from miles_fast.distributed import barrier, configure_logging, logger, rank
 from miles_fast.evaluation.validation import validation

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from miles_fast.config import Config, DataConfig, SourceConfig, load_config, to_dict
+from miles_fast.config import Config, DataConfig, SourceConfig
+from miles_fast.config_tree import load_config, to_dict
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import configure_logging
 from miles_fast.export.encoder import VideoTextEncoder

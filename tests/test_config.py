@@ -6,7 +6,8 @@ import pytest
 import yaml
 from tiny import tiny_tree
 
-from miles_fast.config import ConfigError, load_config, parse_config, to_dict
+from miles_fast.config import ConfigError
+from miles_fast.config_tree import load_config, parse_config, to_dict
 
 CONFIGS = sorted((Path(__file__).parents[1] / "launch" / "configs").glob("*.yaml"))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from miles_fast.config import Config, parse_config
+from miles_fast.config import Config
+from miles_fast.config_tree import parse_config
 from miles_fast.data.vocabulary import build_vocabulary
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")

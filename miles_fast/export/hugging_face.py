@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles_fast.config import parse_model, to_dict
+from miles_fast.config_tree import parse_model, to_dict
 from miles_fast.data.augmentation import PillowAugmentation
 from miles_fast.data.sampling import evaluation_view, segment_frames
 from miles_fast.export.model_card import model_card

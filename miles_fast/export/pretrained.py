@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from miles_fast.config import ModelConfig, parse_model
+from miles_fast.config import ModelConfig
+from miles_fast.config_tree import parse_model
 from miles_fast.export.architecture import infer_architecture
 from miles_fast.export.checkpoint_file import Lineage, read_checkpoint_file
 from miles_fast.models.dual_encoder import DualEncoder

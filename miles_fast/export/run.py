@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from safetensors.torch import save_file
 
-from miles_fast.config import to_dict
+from miles_fast.config_tree import to_dict
 from miles_fast.export.checkpoint_file import write_checkpoint_file
 from miles_fast.export.encoder import VideoTextEncoder
 from miles_fast.export.graphs import write_onnx, write_programs

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from miles_fast.config import ModelConfig, parse_model, to_dict
+from miles_fast.config import ModelConfig
+from miles_fast.config_tree import parse_model, to_dict
 from miles_fast.files import whole_folder
 from miles_fast.models.dual_encoder import DualEncoder
 from miles_fast.models.text_encoder import load_tokenizer

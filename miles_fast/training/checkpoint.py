@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from miles_fast.config import Config, model_difference, to_dict
+from miles_fast.config import Config
+from miles_fast.config_tree import model_difference, to_dict
 from miles_fast.distributed import gather_objects, logger, rank
 from miles_fast.models.storage import PRETRAINING
 from miles_fast.training.engine_state import load_state

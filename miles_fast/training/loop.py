@@ -39,6 +39,7 @@ from miles_fast.training.recovery import (
     keep_best,
     roll_back,
     save_if_due,
+    saving_on_error,
     skipped,
 )
 from miles_fast.training.saving import Saver
@@ -78,7 +79,6 @@ def pretrain(
             state = read_state(checkpoint, config) if checkpoint else {"step": 0}
             first_step = state["step"]
             goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(run.resolve())
-            prepare_folder(run, config, keep=goes_on)
             torch.manual_seed(config.run.seed)
             watchdog.report("building the model")
             tokenizer = load_tokenizer(config.model.text.tokenizer_source)
@@ -109,6 +109,8 @@ def pretrain(
                     "the new size. Change gradient_accumulation_steps with the number of ranks to keep it",
                     *(checkpoint, state["clips_per_step"], clips, first_step),
                 )
+            # Not before: a start that fails leaves the folder as it was.
+            prepare_folder(run, config, keep=goes_on)
             log = stack.enter_context(contextlib.closing(StepLog(run, first_step, config.run.steps)))
             stop = stack.enter_context(contextlib.closing(StopRequest()))
             stopping = None
@@ -243,7 +245,8 @@ def _train_from(t: Training, first_step: int) -> int | None:
                     warn_of_collapse(record["target_std"], run)
             if t.evaluate is not None and (last or (run.evaluate_every and step % run.evaluate_every == 0)):
                 t.watchdog.report(f"evaluating after step {step}")
-                verdict, result = _evaluate(t, step)
+                with saving_on_error(t, step):
+                    verdict, result = _evaluate(t, step)
                 meter.pause()
             ends = last or verdict.stop
             save_if_due(t, step, vote, last=ends, best=result if verdict.improved else None)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from miles_fast.config import Config, ModelConfig, model_difference, to_dict
+from miles_fast.config import Config, ModelConfig
+from miles_fast.config_tree import model_difference, to_dict
 from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.objective import Objective

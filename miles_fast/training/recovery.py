@@ -105,6 +105,22 @@ def keep_best(t: Training, step: int, result: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def saving_on_error(t: Training, step: int) -> Iterator[None]:
+    """Have an evaluation after `step` that fails leave the checkpoint that would have been made behind it."""
+    try:
+        yield
+    except Exception:
+        t.watchdog.report(f"saving after step {step}, whose evaluation failed")
+        try:
+            t.saver.save_after_error(step, t.left_out.ranges)
+        except Exception as problem:  # whatever it is: the evaluation's error is the one to be raised
+            logger.error("the evaluation after step %d failed, and nothing was saved: %s", step, problem)
+        else:
+            logger.info("the evaluation after step %d failed; the checkpoint of that step is complete", step)
+        raise
+
+
+@contextlib.contextmanager
 def _tolerating_save_errors(t: Training) -> Iterator[None]:
     try:
         yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import operator
 import os
 import secrets
@@ -23,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miles_fast.config import Config, to_dict
+from miles_fast.config import Config
+from miles_fast.config_tree import to_dict
 from miles_fast.distributed import gather_objects, rank, world_size
 from miles_fast.files import flush_to_disk, write_whole
 from miles_fast.models.storage import write_model
@@ -34,6 +36,7 @@ from miles_fast.training.manifest import CheckpointError, digest, write_manifest
 from miles_fast.training.snapshot import Snapshot
 
 _POLL_SECONDS = 0.02
+_ALONE_SECONDS = 120.0  # after an error, for the other ranks
 
 
 class HostCopy:
@@ -130,6 +133,7 @@ class Saver:
         self._tokenizer = load_tokenizer(config.model.text.tokenizer_source)
         self._thread: threading.Thread | None = None
         self._given_up = threading.Event()
+        self._patience = math.inf  # seconds that rank 0 waits for the others' records
         self.problem: str | None = None
         if rank() == 0:
             for left in self.folder.glob(".step-*"):
@@ -205,6 +209,28 @@ class Saver:
                 return
             time.sleep(_POLL_SECONDS)
 
+    def save_after_error(self, step: int, skipped_data: list[tuple[int, int]]) -> None:
+        """Save the state after `step`, and wait for it, where only this rank may have had an error.
+
+        Nothing is gathered: a rank without the error may be waiting for this one in a collective. Gloo ends
+        that with an error once this rank is gone, with which the other rank saves its part, too. Rank 0
+        completes the checkpoint, and waits at most `_ALONE_SECONDS` for the parts. Raises CheckpointError
+        where one is missing.
+        """
+        self._patience = _ALONE_SECONDS
+        if self._thread is not None:
+            self._thread.join()
+        self.problem = None
+        self.start(step, skipped_data)
+        self._thread.join()
+        # Rank 0 needs no more of this rank, but a launcher ends it soon after the first rank has ended.
+        until = time.monotonic() + (self._patience if rank() else 0)
+        while self._partial.exists() and not self.problem and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+        if self.problem or self._partial.exists():
+            late = f"after {self._patience:g} s not all ranks had written their part"
+            raise CheckpointError(f"{self._partial} could not be completed ({self.problem or late})")
+
     def _give_up(self, problem: str) -> None:
         self._given_up.set()
         if self._thread is not None:
@@ -253,9 +279,10 @@ class Saver:
 
     def _complete(self, name: str, state: dict[str, Any]) -> None:
         files: dict[str, dict[str, int | str]] = {}
+        since = time.monotonic()
         for number in range(world_size()):
             while not self._record(number).is_file():
-                if self._given_up.is_set():
+                if self._given_up.is_set() or time.monotonic() - since > self._patience:
                     return
                 time.sleep(_POLL_SECONDS)
             files |= json.loads(self._record(number).read_text())

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from miles_fast.config import Config, to_dict
+from miles_fast.config import Config
+from miles_fast.config_tree import to_dict
 from miles_fast.distributed import gather_objects, logger, rank
 from miles_fast.models.compilation import compile_each
 from miles_fast.models.dual_encoder import DualEncoder, build_dual_encoder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_fast.config import load_config
+from miles_fast.config_tree import load_config
 from miles_fast.training.ds_config import read_ds_config
 
 ROOT = Path(__file__).parents[2]

@@ -31,7 +31,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import ds_tree
 
-from miles_fast.config import DataConfig, SourceConfig, parse_config, parse_model, to_dict
+from miles_fast.config import DataConfig, SourceConfig
+from miles_fast.config_tree import parse_config, parse_model, to_dict
 from miles_fast.data.batches import Quarantine
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.data.preparation import PreparationOptions, prepare

@@ -20,9 +20,9 @@ import torch  # noqa: E402
 from tiny import ds_tree, joined_masks, tiny_config  # noqa: E402
 
 from miles_fast.data.loader import Loader  # noqa: E402
-from miles_fast.distributed import configure_logging, rank, world_size  # noqa: E402
+from miles_fast.distributed import configure_logging, gather_objects, rank, world_size  # noqa: E402
 from miles_fast.evaluation.validation import validation  # noqa: E402
-from miles_fast.training import loop  # noqa: E402
+from miles_fast.training import loop, saving  # noqa: E402
 from miles_fast.training.ds_config import check_ds_config  # noqa: E402
 from miles_fast.training.numerics import LossGuard  # noqa: E402
 from miles_fast.training.saving import Saver  # noqa: E402
@@ -85,6 +85,19 @@ def inject(fault: str, steps: int, note: Path):
     return deal
 
 
+def failing_evaluation(ranks: set[int]):
+    """Raises an error on these ranks before it communicates; the others wait in a collective."""
+
+    def evaluate(model, device):
+        if rank() in ranks:
+            raise ValueError("the evaluation fails")
+        gather_objects(None)
+        return {}
+
+    saving._ALONE_SECONDS = 3.0
+    return evaluate
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
@@ -97,6 +110,7 @@ def main() -> None:
     parser.add_argument("--fault", default="")
     parser.add_argument("--wait-for-saves", action="store_true", help="so that none is left out")
     parser.add_argument("--evaluate", action="store_true", help="on the evaluation set, as programs do")
+    parser.add_argument("--evaluation-fails-on", type=int, nargs="*", metavar="RANK")
     parser.add_argument("--run-keys", type=json.loads, default={})
     parser.add_argument("--ds-keys", type=json.loads, default={})
     options = parser.parse_args()
@@ -114,13 +128,16 @@ def main() -> None:
     if options.wait_for_saves:
         begin = Saver.start
         Saver.start = lambda saver, *rest: (begin(saver, *rest), saver.settle())
+    evaluate = validation(config, settings.batch) if options.evaluate else None
+    if options.evaluation_fails_on:
+        evaluate = failing_evaluation(set(options.evaluation_fails_on))
     options.run.mkdir(parents=True, exist_ok=True)
     note = options.run.with_name(f"{options.run.name}.keys{os.environ.get('RANK', 0)}.jsonl")
     loop.pretrain(
         config,
         settings,
         resume=options.resume,
-        evaluate=validation(config, settings.batch) if options.evaluate else None,
+        evaluate=evaluate,
         deal=inject(options.fault, options.steps, note),
     )
 

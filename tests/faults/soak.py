@@ -22,7 +22,8 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from tiny import ds_tree, tiny_tree, write_data, write_frames  # noqa: E402
 
-from miles_fast.config import Config, load_config  # noqa: E402
+from miles_fast.config import Config  # noqa: E402
+from miles_fast.config_tree import load_config  # noqa: E402
 from miles_fast.data.demo_corpus import Recipe, build_demo_corpus  # noqa: E402
 from miles_fast.data.loader import Loader  # noqa: E402
 from miles_fast.training.ds_config import check_ds_config  # noqa: E402

@@ -97,6 +97,20 @@ def test_a_rank_that_hangs_or_is_gone_is_named(start, tmp_path, finding, full, k
     finding("F9", f"{what}: named, all ended {seconds:.0f} s after the start (limit 12 s)")
 
 
+@pytest.mark.parametrize("failing,saved", [((0, 1), 5), ((1,), 5), ((0,), 3)])
+def test_an_evaluation_that_fails_leaves_a_checkpoint_where_all_ranks_notice(start, tmp_path, failing, saved):
+    """Rank 0 completes a checkpoint: it cannot wait for ranks that wait for it."""
+    fails = ("--evaluation-fails-on", *map(str, failing))
+    run = start(tmp_path / "run", 2, "--steps", "5", *HANG, *fails)
+    codes = run.wait(timeout=100)
+    for rank, (code, said) in enumerate(zip(codes, run.errors, strict=True)):
+        assert code == (1 if rank in failing else HUNG), said
+        assert ("ValueError: the evaluation fails" in said) == (rank in failing)
+    assert find_checkpoint(tmp_path / "run", "auto").name == f"step-0000000{saved}"
+    assert ("the checkpoint of that step is complete" in run.errors[0]) == (saved == 5)
+    assert "not all ranks had written their part" in run.errors[0] or saved == 5
+
+
 class QuackError(Exception):
     """Its errors are no RuntimeErrors."""
 

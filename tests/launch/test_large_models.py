@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import tiny_tree, write_data
 
-from miles_fast.config import load_config
+from miles_fast.config_tree import load_config
 from miles_fast.training.ds_config import read_ds_config
 from miles_fast.training.planning import Links, Measured, model_sizes, plan
 from miles_fast.training.progress import read_log

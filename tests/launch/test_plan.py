@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import ds_tree, tiny_config, tiny_tree
 
-from miles_fast.config import load_config, to_dict
+from miles_fast.config_tree import load_config, to_dict
 from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.planning import (
     Links,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import ds_tree, tiny_tree, write_data
 
 from launch import embed, evaluate, report, search
-from miles_fast.config import parse_config
+from miles_fast.config_tree import parse_config
 from miles_fast.export.pretrained import read_pretrained
 from miles_fast.export.run import write_pretrained
 from miles_fast.models.dual_encoder import build_dual_encoder

@@ -10,6 +10,7 @@ from tiny import ds_tree, tiny_config, write_data
 
 from miles_fast.config import ConfigError
 from miles_fast.training import loop
+from miles_fast.training.checkpoint import find_checkpoint
 from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.early_stopping import EarlyStopping, r_sum
 from miles_fast.training.loop import pretrain
@@ -116,6 +117,33 @@ def test_a_best_model_that_cannot_be_written_ends_the_run_only_where_it_is_to(ro
     fail_at(4)
     train(root, folder, [0.1, 0.2, 0.5, 0.3], steps=6, on_save_error="continue")
     assert best(folder)["step"] == 6
+
+
+def test_an_evaluation_that_fails_leaves_what_was_trained(root, tmp_path):
+    """The checkpoint of step 4, no better than step 2's, may still be being written."""
+    values = [0.1, 0.2, 0.1]
+    train(root, tmp_path / "whole", [*values, 0.0])
+    with pytest.raises(StopIteration):  # where there are no more values
+        train(root, tmp_path / "run", values)
+    for name in ("rank-00000.safetensors", "student/model.safetensors"):
+        files = [tmp_path / run / "checkpoints" / "step-00000006" / name for run in ("run", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert find_checkpoint(tmp_path / "run", "auto").name == "step-00000006"
+    assert best(tmp_path / "run")["step"] == 2
+
+
+def test_an_evaluation_that_fails_raises_its_own_error_where_nothing_can_be_saved(
+    root, tmp_path, monkeypatch, caplog
+):
+    def full(*rest):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.Saver, "_write", full)
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 1})
+    settings = check_ds_config(ds_tree(), "ds.json", config, cuda=False, ranks=1)
+    with pytest.raises(ZeroDivisionError):
+        pretrain(config, settings, evaluate=lambda model, device: 1 / 0)
+    assert "failed, and nothing was saved" in caplog.text and "No space left" in caplog.text
 
 
 def test_patience_without_evaluations_is_refused(root):

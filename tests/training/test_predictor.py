@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import tiny_tree
 
-from miles_fast.config import ConfigError, PredictorConfig, VideoEncoderConfig, parse_config
+from miles_fast.config import ConfigError, PredictorConfig, VideoEncoderConfig
+from miles_fast.config_tree import parse_config
 from miles_fast.training.predictor import Predictor
 
 ENCODER = VideoEncoderConfig(image_size=32, patch_size=8, width=24, depth=1, heads=2, num_frames=2)

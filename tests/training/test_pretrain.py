@@ -218,6 +218,27 @@ def test_an_earlier_run_is_moved_aside(root, tmp_path):
     assert (tmp_path / "run.old-3" / "checkpoints" / "latest").exists()
 
 
+def test_a_start_that_fails_leaves_the_folder_as_it_was(root, tmp_path):
+    run = {"folder": str(tmp_path / "run"), "steps": 1}
+    misfits = [
+        tiny_config(root, run=run | {"init_from": str(tmp_path / "nowhere")}),
+        tiny_config(root, run=run | {"freeze": ["nothing."]}),
+        tiny_config(root, run=run, data={"train": [{"shards": [str(tmp_path / "*.tar")]}]}),
+    ]
+    for before in ([], ["checkpoints", "config.json", "log.jsonl", "notes.txt"]):
+        for config in misfits:
+            with pytest.raises(ValueError):
+                train(config)
+            assert [path.name for path in tmp_path.iterdir()] == ["run"] * bool(before)
+            assert {path.name for path in tmp_path.glob("run/*")} >= set(before)
+        train(tiny_config(root, run=run))
+        (tmp_path / "run" / "notes.txt").touch()
+    assert (tmp_path / "run.old-1" / "checkpoints" / "latest").exists()
+    # The run that it starts from may be the one in its folder.
+    train(tiny_config(root, run=run | {"init_from": run["folder"]}))
+    assert (tmp_path / "run.old-2" / "checkpoints" / "latest").exists()
+
+
 def test_another_architecture_is_refused_with_the_difference(root, tmp_path):
     config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 1})
     train(config)
