@@ -48,6 +48,7 @@ from miles_fast.data.demo import prepare_demo
 from miles_fast.data.shards import expand_shards
 from miles_fast.data.sources import open_shards
 from miles_fast.distributed import configure_logging
+from miles_fast.kernels.dispatch import quack_for
 from miles_fast.options import above_zero, at_least
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
 from miles_fast.training.engine import init_process_group
@@ -269,9 +270,12 @@ def main() -> int:
     if config.data.demo_corpus:
         prepare_demo(Path(config.data.demo_corpus))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    head = {"machine": machine, "torch": torch.__version__, "batch": settings.batch}
+    # A run without it, which only a warning tells of, is slower by more than most of what is measured here.
+    quack = torch.cuda.is_available() and quack_for(torch.empty(0, device="cuda")) is not None
+    head = {"machine": machine, "torch": torch.__version__, "batch": settings.batch, "quack": quack}
     head["config"] = deciding(config)  # for launch/plan.py, which compares it with what is planned
-    print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}")
+    products = ", products by quack" if quack else ""
+    print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}{products}")
     runs = {options.what: PROGRAMS.get(options.what)}
     if options.what == "all":
         runs = {name: PROGRAMS[name] for name in ("model", "step", "loader")}

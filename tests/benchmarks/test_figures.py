@@ -61,6 +61,7 @@ def test_a_kept_file_is_of_the_figure_it_is_called_after(figures, path):
     found = json.loads(path.read_text())
     what = figure.arguments.split()[0]
     assert found["batch"] == figure.clips and {what, "fp8"} & set(found)
+    assert found.get("quack", True)  # older files do not say
     for row in found.get("step", []):
         assert 1e3 * row["tflops_per_second"] / row["clips_per_second"] == pytest.approx(
             GFLOP[name], rel=0.01

@@ -435,6 +435,7 @@ def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch
     assert measured.step_seconds == 8 / rows[-1]["clips_per_second"]
     with pytest.raises(ValueError, match="holds no clips_per_second above 0 of 3 GPUs"):
         plan._measurement(f"3={file}", planned)
+    assert json.loads(file.read_text())["quack"] is False
     other = replace(planned, config=tiny_config(root, model={"embedding": 32}))
     with pytest.raises(ValueError, match="scaling.json: measured with another .* model.embedding: 16 -> 32"):
         plan._measurement(f"2={file}", other)
