@@ -45,7 +45,7 @@ from miles_fast.training.recovery import (
 from miles_fast.training.saving import Saver
 from miles_fast.training.signals import Ballot, StopRequest, Vote
 from miles_fast.training.snapshot import Snapshot
-from miles_fast.training.start import build_models, prepare_folder
+from miles_fast.training.start import build_models, make_folder, prepare_folder
 from miles_fast.training.watchdog import Watchdog
 from miles_fast.training.whole_student import WholeStudent
 
@@ -75,6 +75,7 @@ def pretrain(
         watchdog.start()
         try:
             run = Path(config.run.folder)
+            make_folder(run)
             checkpoint = find_checkpoint(run, resume) if resume else None
             state = read_state(checkpoint, config) if checkpoint else {"step": 0}
             first_step = state["step"]

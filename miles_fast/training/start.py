@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -20,8 +21,19 @@ from miles_fast.training.objective import Objective
 from miles_fast.training.snapshot import Snapshot
 
 
+def make_folder(run: Path) -> None:
+    """Make the run's folder where there is none. Raises ValueError where nothing can be written to it."""
+    problem = "it is not writable"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = str(error)
+    if not os.access(run, os.W_OK):
+        raise ValueError(f"run.folder = {run}: a run cannot be kept there ({problem}); name another folder")
+
+
 def prepare_folder(run: Path, config: Config, *, keep: bool) -> None:
-    """Make the run's folder and write its config; an earlier run in it is moved aside but with `keep`."""
+    """Write the run's config; an earlier run in its folder is moved aside but with `keep`."""
     if rank() == 0:
         if not keep and (run / "config.json").exists():
             number = next(n for n in range(1, 10**6) if not run.with_name(f"{run.name}.old-{n}").exists())

@@ -229,14 +229,23 @@ def test_a_start_that_fails_leaves_the_folder_as_it_was(root, tmp_path):
         for config in misfits:
             with pytest.raises(ValueError):
                 train(config)
-            assert [path.name for path in tmp_path.iterdir()] == ["run"] * bool(before)
-            assert {path.name for path in tmp_path.glob("run/*")} >= set(before)
+            assert [path.name for path in tmp_path.iterdir()] == ["run"]
+            names = {path.name for path in tmp_path.glob("run/*")}
+            assert names >= set(before) and ("config.json" in names) == bool(before)
         train(tiny_config(root, run=run))
         (tmp_path / "run" / "notes.txt").touch()
     assert (tmp_path / "run.old-1" / "checkpoints" / "latest").exists()
     # The run that it starts from may be the one in its folder.
     train(tiny_config(root, run=run | {"init_from": run["folder"]}))
     assert (tmp_path / "run.old-2" / "checkpoints" / "latest").exists()
+
+
+def test_a_folder_that_takes_no_run_is_refused_before_the_model_is_built(root, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.delattr(loop, "build_models")
+    with pytest.raises(ValueError, match=r"run.folder = .*file/run: a run cannot be kept there"):
+        train(tiny_config(root, run={"folder": str(tmp_path / "file" / "run"), "steps": 1}))
+    assert (tmp_path / "file").is_file()
 
 
 def test_another_architecture_is_refused_with_the_difference(root, tmp_path):
