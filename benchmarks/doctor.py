@@ -123,9 +123,11 @@ def _remedy(stage: str, found: Examination, config: Config, batch: int) -> str:
             return f"{more.capitalize()}."
         return f"Videos are decoded while training: prepare frames once (launch/prepare.py), or {more}."
     if stage == "decoding":
+        idle_decoder = torch.cuda.is_available() and config.data.jpeg_decoder == "cpu"
+        on_gpu = ", set data.jpeg_decoder=nvjpeg" if idle_decoder else ""
         return (
-            f"Raise data.threads from {config.data.threads}, install DALI where it is missing, or prepare "
-            "smaller frames (launch/prepare.py --short-side)."
+            f"Raise data.threads from {config.data.threads}{on_gpu}, install DALI where it is missing, or "
+            "prepare smaller frames (launch/prepare.py --short-side)."
         )
     return "The link to the GPU is slow: see `nvidia-smi topo -m`, and whether its slot runs at full width."
 

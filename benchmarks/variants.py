@@ -85,6 +85,7 @@ ABLATIONS = (
     Variant(name="linear layers by cuBLAS", plain_ops=("linear",)),
     Variant(name="unfused AdamW", ds={"optimizer": {"params": {"fused": False}}}),
     Variant(name="gradients summed in DeepSpeed's default dtype", ds={"data_types": {}}),
+    Variant(name="JPEGs decoded by nvJPEG", overrides=("data.jpeg_decoder=nvjpeg",)),
     Variant(name="one reading process", overrides=("data.decode_workers=1",)),
 )
 

@@ -73,7 +73,9 @@ class _Fp8Mlp(Mlp):
         else:
             hidden_MD = scaled_product(x8, scale_x, first8, scale_first, first_bias_D, None, x.dtype)
             active_MD = F.gelu(hidden_MD)
-            slope_MD = torch.ops.aten.gelu_backward(torch.ones_like(hidden_MD), hidden_MD)
+            slope_MD = None
+            if keep:
+                slope_MD = torch.ops.aten.gelu_backward(torch.ones_like(hidden_MD), hidden_MD)
             active8 = (active_MD.float() / scale).to(torch.float8_e4m3fn)
         ctx.save_for_backward(x_MK, first_DK, second_KD, slope_MD, active_MD)
         ctx.bias_dtypes = first_bias_D.dtype, second_bias_K.dtype

@@ -516,6 +516,16 @@ def test_the_doctor_names_the_slowest_stage(root, doctor, stage, real, expected)
     assert all(part in said for part in expected), said
 
 
+@pytest.mark.parametrize("decoder", ["cpu", "nvjpeg"])
+def test_the_doctor_names_the_decoder_that_a_gpu_has(root, doctor, decoder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    found = healthy(doctor)
+    slow = replace(found.loader, decoding_milliseconds=20.0)
+    found = replace(found, loader=slow, real_clips_per_second=200.0)
+    said = doctor.verdict(found, tiny_config(root, data={"jpeg_decoder": decoder}), 4)
+    assert ("set data.jpeg_decoder=nvjpeg" in said) == (decoder == "cpu"), said
+
+
 def test_the_doctor_tells_a_slow_disk_from_slow_reading(root, doctor):
     found = replace(healthy(doctor), cold_milliseconds=40.0, real_clips_per_second=100.0)
     said = doctor.verdict(found, tiny_config(root), 4)

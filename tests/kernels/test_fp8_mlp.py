@@ -120,6 +120,13 @@ def test_keeps_gelu_and_its_slope_unrounded_for_backward():
     assert not any(tensor.dtype == torch.float8_e4m3fn for tensor in kept)
 
 
+@pytest.mark.parametrize("history", [True, False])
+def test_computes_the_slope_for_backward_alone(history):
+    with torch.set_grad_enabled(history), torch.profiler.profile() as seen:
+        fp8_mlp(*leaves(**SMALL))
+    assert ("aten::gelu_backward" in {event.name for event in seen.events()}) == history
+
+
 @pytest.mark.parametrize("sizes", [SMALL, TILED])
 def test_is_added_to_a_residual(sizes, backend):
     inputs = [leaf.detach() for leaf in with_residual(sizes)]
