@@ -75,14 +75,18 @@ FIGURES = {
     ),
     "scaling-zero1": Figure(clips=128, arguments="scaling --gpus 1 2 --singles --batches 25"),
     "scaling-zero2": Figure(clips=128, stage=2, arguments="scaling --gpus 1 2 --batches 25"),
-    **{  # at ZeRO 1 they do not fit: the run ends with the report that says so
-        f"vit-h-zero{stage}": Figure(
-            clips=34,
+    **{
+        name: Figure(
+            clips=clips,
             stage=stage,
             config="vit_h",
             arguments="scaling --gpus 2 --batches 6 model.video.weights=null",
         )
-        for stage in (1, 3)
+        for name, clips, stage in (
+            ("vit-h-zero3", 34, 3),
+            ("vit-h-36-zero3", 36, 3),
+            ("vit-h-36-zero1", 36, 1),
+        )
     },
 }
 _PAGES = ("curves",)  # whose plot is kept beside the json
