@@ -26,9 +26,10 @@ from miles_fast.training.checkpoint import find_checkpoint, read_state, restore_
 from miles_fast.training.ds_config import check_ds_config
 from miles_fast.training.engine import build_engine, init_process_group
 from miles_fast.training.engine_state import inner_optimizer, own_state, pieces
+from miles_fast.training.host_copy import HostCopy
 from miles_fast.training.manifest import MANIFEST, CheckpointError, digest
 from miles_fast.training.objective import Objective
-from miles_fast.training.saving import HostCopy, Saver
+from miles_fast.training.saving import Saver
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from miles_fast.training.saving import HostCopy
+from miles_fast.training.host_copy import HostCopy
 
 
 class Copies(TorchDispatchMode):
