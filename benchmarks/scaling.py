@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def measure_scaling(
     steps: int,
     *,
     singles: bool = False,
-) -> list[Row]:
+) -> Generator[Row, None, None]:
     """Train `steps` steps on each number of GPUs (of CPU ranks, without a GPU), the same clips on each.
 
     `singles` measures `Row.alone` too. Raises SystemExit with the launcher's code where a run fails; it has
@@ -54,15 +54,14 @@ def measure_scaling(
     """
     options = ("--config", config_file, "--ds_config", ds_config, *overrides, "data.evaluation=[]")
     options = (*options, f"run.steps={steps}", f"run.save_every={steps}", "run.log_every=5")
-    rows: list[Row] = []
+    first = None
     for count in counts:
         (figures,) = _train([range(count)], options)
         speed, alone = figures["clips_per_second"], None
         if singles and count > 1:
             alone = [one["clips_per_second"] for one in _train([[gpu] for gpu in range(count)], options)]
-        ratio = speed / rows[0].clips_per_second if rows else 1.0
-        rows.append(Row(gpus=count, ratio=ratio, alone=alone, **figures))
-    return rows
+        first = first or speed
+        yield Row(gpus=count, ratio=speed / first, alone=alone, **figures)
 
 
 def _train(runs: Sequence[Sequence[int]], options: Sequence[str]) -> list[dict[str, Any]]:
@@ -96,14 +95,14 @@ def _launch(gpus: Sequence[int], *options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*launcher, str(PROGRAM), *options])
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows for people."""
-    lines = [f"{'GPUs':>5}{'clips/s':>12}{'ratio':>8}{'ms':>10}{'data ms':>10}{'GiB':>8}  each GPU alone"]
-    for row in rows:
-        memory = "-" if row.memory_gib is None else f"{row.memory_gib:.1f}"
-        alone = "-" if row.alone is None else " + ".join(f"{one:.2f}" for one in row.alone)
-        lines.append(
-            f"{row.gpus:>5}{row.clips_per_second:>12.2f}{row.ratio:>8.3f}{row.step_milliseconds:>10.2f}"
-            f"{row.data_wait_milliseconds:>10.2f}{memory:>8}  {alone}"
-        )
-    return "\n".join(lines)
+HEAD = f"{'GPUs':>5}{'clips/s':>12}{'ratio':>8}{'ms':>10}{'data ms':>10}{'GiB':>8}  each GPU alone"
+
+
+def line(row: Row) -> str:
+    """The row for people, under HEAD."""
+    memory = "-" if row.memory_gib is None else f"{row.memory_gib:.1f}"
+    alone = "-" if row.alone is None else " + ".join(f"{one:.2f}" for one in row.alone)
+    return (
+        f"{row.gpus:>5}{row.clips_per_second:>12.2f}{row.ratio:>8.3f}{row.step_milliseconds:>10.2f}"
+        f"{row.data_wait_milliseconds:>10.2f}{memory:>8}  {alone}"
+    )

@@ -29,6 +29,7 @@ from typing import Any
 
 import curves
 import model_speed
+import scaling
 import torch
 import variants
 from doctor import examine, report
@@ -38,8 +39,6 @@ from loader_stages import WARMUP, measure_loader
 from result_page import write_page
 from saves import measure_saves
 from saves import table as saves_table
-from scaling import measure_scaling
-from scaling import table as scaling_table
 from step_parts import host_table, idle_table, parts_of, table
 
 from miles_fast.config import Config
@@ -177,9 +176,12 @@ def scale(config: Config, settings: EngineSettings, options: argparse.Namespace)
     """Rows of whole runs, one for each number of GPUs."""
     steps = options.batches + WARMUP
     files = options.config, options.ds_config, options.overrides
-    rows = measure_scaling(options.gpus, *files, steps, singles=options.singles)
-    print(scaling_table(rows))
-    return [asdict(row) for row in rows]
+    print(scaling.HEAD, flush=True)
+    rows = []
+    for row in scaling.measure_scaling(options.gpus, *files, steps, singles=options.singles):
+        print(scaling.line(row), flush=True)  # a run takes minutes, and the next may fail
+        rows.append(asdict(row))
+    return rows
 
 
 def time_saves(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
