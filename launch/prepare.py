@@ -76,6 +76,8 @@ def look(shards: list[str], page: Path) -> int:
     """Write a page of samples of existing shards. Raises PreparationError, ShardError, OSError."""
     if page.is_dir():
         raise PreparationError(f"--output {page} is a folder: name a page in it, {page / 'sample.html'}")
+    if page.suffix not in (".html", ".htm"):
+        raise PreparationError(f"--output {page}: --look writes a page, name it .html")
     page.parent.mkdir(parents=True, exist_ok=True)
     write_sample_page(expand_shards(shards), page, seed="look", about=" ".join(shards))
     print(f"wrote {page}")

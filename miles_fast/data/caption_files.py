@@ -157,6 +157,8 @@ def _entry(
         caption_column = next((name for name in _CAPTION_COLUMNS if name in named), None)
         if caption_column is None and {"videoid", "name"} <= named.keys():
             caption_column, file_columns = "name", ("videoid",)
+    if len(header) == 1 and ";" in header[0]:
+        raise ClipListError(f"{path}: the header is one cell, {header[0]!r}: separate cells by commas")
     several = [name for name in named if isinstance(name, str) and name.endswith("caption")]
     if caption_column is None and several:
         raise ClipListError(
@@ -169,7 +171,8 @@ def _entry(
     if not isinstance(name, (str, int)) or (header and caption_column is None):
         found = list(named) if named else type(row).__name__
         raise ClipListError(
-            f"{path}: entry {number} needs one of {', '.join(_FILE_COLUMNS)}, and caption; it has {found}"
+            f"{path}: entry {number} needs one of {', '.join(_FILE_COLUMNS)}, and caption (or its name, by "
+            f"--caption-column); it has {found}"
         )
     twice = [used for used in (file_column, caption_column) if header.count(used) > 1]
     if twice:

@@ -23,6 +23,7 @@ from miles_fast.data.prefetch import SequentialPrefetcher, WindowPrefetcher, che
 from miles_fast.data.reading import Pending, Reader, ReadingPool, Request
 from miles_fast.data.shards import SampleError, ShardError, ShardSet
 from miles_fast.data.sources import open_shards, order_of
+from miles_fast.distributed import logger
 from miles_fast.models.caption_tokens import CaptionEncoder
 
 AHEAD = 2  # batches being read while one is handed over
@@ -55,6 +56,12 @@ class Loader:
             order_of(shards, data, seed + source) for source, shards in enumerate(self.shard_sets)
         ]
         check_room(self.shard_sets, self._orders)
+        for shards, source in zip(self.shard_sets, data.train, strict=True):
+            if len(shards) < share.batch * share.ranks:
+                logger.warning(
+                    "%s holds %d clips, a pass of all ranks takes %d: clips are among their own negatives",
+                    *(source.name, len(shards), share.batch * share.ranks),
+                )
         self._mixture = Mixture([source.weight for source in data.train])
         self._draws = [
             ClipDraw(

@@ -72,6 +72,8 @@ def prepare(
     if output.exists() and not output.is_dir():
         raise PreparationError(f"{output} is no folder: name another output")
     source = _source([str(one) for one in inputs], captions, caption_column)
+    if isinstance(source, FolderSource) and source.folder.resolve() == output.resolve():
+        raise PreparationError(f"{output} is the folder of the clips: name another output")
     num_samples, ranges = _shares(source, options)
     plan = _plan(source, num_samples, options)
     with _claimed(output, plan):
@@ -186,8 +188,8 @@ def _claim(output: Path, plan: dict) -> None:
                 f"{plan['options']}): {reason}name another output, or delete {output}"
             )
         return
-    strangers = sorted(output.glob("*.tar"))
-    if strangers:
+    ours = "*.tar", "summary.json", "sample.html", "quarantine.jsonl"
+    if strangers := sorted(path for pattern in ours for path in output.glob(pattern)):
         raise PreparationError(
             f"{output} already holds {strangers[0].name}, not from here: name another output"
         )

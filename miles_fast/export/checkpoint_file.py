@@ -101,6 +101,8 @@ def _unpickle(path: Path) -> Any:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         detail = next((line for line in reason if "GLOBAL" in line or "blocked" in line), reason[0])
+        if "Re-running" in detail:  # torch's advice is to unpickle it all
+            detail = "torch did not write it"
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({detail.strip()})") from error
 
 

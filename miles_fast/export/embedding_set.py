@@ -279,6 +279,8 @@ def _claim(folder: Path, description: SetDescription) -> None:
     """Say what the folder is for, or check that it is for the same."""
     place = folder / "set.json"
     if not place.is_file():
+        if (folder / "summary.json").exists():
+            raise ValueError(f"{folder} holds summary.json, not from here: name another --output")
         write_whole(place, json.dumps(asdict(description), indent=2) + "\n")
         return
     there, wanted = asdict(_read_description(folder)), asdict(description)

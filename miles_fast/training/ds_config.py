@@ -97,8 +97,10 @@ def check_ds_config(
             f"{batch} x gradient_accumulation_steps {accumulation} x {ranks} ranks = {product}"
         )
     clipping = tree.get("gradient_clipping", 0.0)
-    if not isinstance(clipping, int | float):
-        raise ConfigError(f"{source}: gradient_clipping = {clipping!r}: give the largest norm, e.g. 1.0")
+    if not isinstance(clipping, int | float) or not clipping >= 0:
+        raise ConfigError(
+            f"{source}: gradient_clipping = {clipping!r}: give the largest norm, e.g. 1.0, or 0 for none"
+        )
     schedule = tree.get("scheduler", {}).get("params", {})
     total = schedule.get("total_num_steps")
     if total == "auto":
@@ -153,6 +155,8 @@ def _check_shape(tree: dict[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: {name} = {section!r}: give an object, or take it out")
         if not isinstance(section.get("params", {}), dict):
             raise ConfigError(f"{source}: {name}.params = {section['params']!r}: give an object")
+    if unknown := set(tree.get("data_types", {})) - {"grad_accum_dtype"}:
+        raise ConfigError(f"{source}: data_types.{min(unknown)}: only grad_accum_dtype is read there")
 
 
 def _check_lr_scale(tree: dict[str, Any], source: str, config: Config) -> None:

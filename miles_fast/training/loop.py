@@ -75,7 +75,7 @@ def pretrain(
         watchdog.start()
         try:
             run = Path(config.run.folder)
-            make_folder(run)
+            lock = stack.enter_context(contextlib.closing(make_folder(run)))
             checkpoint = find_checkpoint(run, resume) if resume else None
             state = read_state(checkpoint, config) if checkpoint else {"step": 0}
             first_step = state["step"]
@@ -94,7 +94,7 @@ def pretrain(
             if checkpoint:
                 watchdog.report(f"restoring {checkpoint}")
                 restore_checkpoint(checkpoint, state, engine, snapshot, trust=trust_checkpoint)
-                logger.info("resumed from %s at step %d", checkpoint, first_step)
+                logger.info("resumed from %s at step %d of %d", checkpoint, first_step, config.run.steps)
             watchdog.report("opening the data")
             loader = _open_loader(config, settings, tokenizer, run, device)
             if config.run.cuda_graphs:
@@ -111,7 +111,7 @@ def pretrain(
                     *(checkpoint, state["clips_per_step"], clips, first_step),
                 )
             # Not before: a start that fails leaves the folder as it was.
-            prepare_folder(run, config, keep=goes_on)
+            prepare_folder(run, config, lock, keep=goes_on)
             log = stack.enter_context(contextlib.closing(StepLog(run, first_step, config.run.steps)))
             stop = stack.enter_context(contextlib.closing(StopRequest()))
             stopping = None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -21,8 +24,41 @@ from miles_fast.training.objective import Objective
 from miles_fast.training.snapshot import Snapshot
 
 
-def make_folder(run: Path) -> None:
-    """Make the run's folder where there is none. Raises ValueError where nothing can be written to it."""
+class FolderLock:
+    """Rank 0's lock on a run's folder, until `close` or the process' end."""
+
+    def __init__(self, run: Path) -> None:
+        self._file: IO[str] | None = None
+        self.take(run)
+
+    def take(self, run: Path) -> None:
+        """Raises ValueError where another process holds it."""
+        if rank() != 0:
+            return
+        self._file = open(run / ".lock", "a")
+        try:
+            # Not flock, which processes that this one forks would hold on to when it is killed.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                self.close()
+                raise ValueError(
+                    f"run.folder = {run}: another run is writing there; name another folder, or end that one"
+                ) from error
+            logger.warning("%s: cannot be locked (%s); do not start another run in it", run, error)
+
+    def close(self) -> None:
+        """Let others have it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def make_folder(run: Path) -> FolderLock:
+    """Make the run's folder where there is none, and lock it.
+
+    Raises ValueError where nothing can be written to it, or another run is writing.
+    """
     problem = "it is not writable"
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -30,9 +66,10 @@ def make_folder(run: Path) -> None:
         problem = str(error)
     if not os.access(run, os.W_OK):
         raise ValueError(f"run.folder = {run}: a run cannot be kept there ({problem}); name another folder")
+    return FolderLock(run)
 
 
-def prepare_folder(run: Path, config: Config, *, keep: bool) -> None:
+def prepare_folder(run: Path, config: Config, lock: FolderLock, *, keep: bool) -> None:
     """Write the run's config; an earlier run in its folder is moved aside but with `keep`."""
     if rank() == 0:
         if not keep and (run / "config.json").exists():
@@ -40,7 +77,9 @@ def prepare_folder(run: Path, config: Config, *, keep: bool) -> None:
             aside = run.with_name(f"{run.name}.old-{number}")
             run.rename(aside)
             logger.info("%s held an earlier run: moved to %s (--resume auto would go on with it)", run, aside)
-        run.mkdir(parents=True, exist_ok=True)
+            run.mkdir(parents=True)
+            lock.close()
+            lock.take(run)
         (run / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     gather_objects(None)
 

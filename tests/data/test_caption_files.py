@@ -75,6 +75,12 @@ def test_a_caption_column_is_chosen_by_name(tmp_path):
         ("a.tsv", 'file\tcaption\na\t"x\ny"\nb\tx\ty\n', "line 4 has 3 cells.*tabs in quotes"),
         ("a.csv", "file,caption,caption\na,x,y\n", "'caption' 2 times.*rename"),
         ("a.csv", "file,file,caption\na,b,y\n", "'file' 2 times"),
+        (
+            "a.csv",
+            "file;caption\na.mp4;a dog\n",
+            "header is one cell, 'file;caption': separate cells by commas",
+        ),
+        ("a.csv", "path,title\na.mp4,a dog\n", "and caption .or its name, by --caption-column.; it has"),
         ("a.json", '{"a": 1}', "'a' holds a int"),
         ("a.json", '"text"', "holds a str"),
         ("a.json", '[{"caption": ["x"], "id": 3}]', "entry 1 needs one of file.*it has.*'id'"),

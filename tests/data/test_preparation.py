@@ -344,6 +344,15 @@ def test_bad_inputs(folder, tars, tmp_path, write_tar):
             prepare([folder], tmp_path / "out", alone(), tmp_path / "c.csv")
     with pytest.raises(PreparationError, match="videos0.tar is no folder: name another output"):
         prepare(tars, tars[0], alone())
+    (tmp_path / "c.csv").write_text("file,caption\ndeep/-dash.mp4,x\n")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(PreparationError, match="is the folder of the clips: name another output"):
+        prepare([folder], folder / "deep" / "..", alone(), tmp_path / "c.csv")
+    assert sorted(folder.rglob("*")) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "summary.json").touch()
+    with pytest.raises(PreparationError, match="already holds summary.json, not from here"):
+        prepare(tars, tmp_path / "mine", alone())
     for name in ("frames", "max_frames", "fps", "samples_per_shard", "workers", "limit"):
         with pytest.raises(PreparationError, match=name):
             alone(**{name: 0})
@@ -381,6 +390,7 @@ def test_command(tars, tmp_path):
         (["clips", "--look", "--output", "page.html"], "clips is a folder: write 'clips/*.tar'"),
         (["videos*.tar", "--look", "--output", "clips"], "--output clips is a folder: name a page in it"),
         (["videos*.tar", "--look", "--output", "videos0.tar/page.html"], "videos0.tar"),
+        (["videos*.tar", "--look", "--output", "videos0.tar"], "--look writes a page, name it .html"),
     ],
 )
 def test_mistakes_end_the_program_in_one_line(tars, folder, monkeypatch, capsys, arguments, message):

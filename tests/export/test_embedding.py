@@ -221,7 +221,8 @@ def test_cls_attention_is_the_softmax_of_the_last_block(model):
     torch.testing.assert_close(cls_attention(model, video), expected.reshape(2, 2, 4, 4))
 
 
-def test_mistakes_name_the_file_and_the_remedy(model, tmp_path):
+def test_mistakes_name_the_file_and_the_remedy(model, shards, tmp_path):
+    loader = loader_of(model, shards)
     (tmp_path / "bad.mp4").write_text("not a video")
     for argument, message in (
         ([tmp_path / "bad.mp4"], "bad.mp4"),
@@ -248,6 +249,10 @@ def test_mistakes_name_the_file_and_the_remedy(model, tmp_path):
         for batch in (0, -1):
             with pytest.raises(ValueError, match=f"batch {batch}: must be at least 1"):
                 call(given, batch=batch)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "summary.json").touch()
+    with pytest.raises(ValueError, match="mine holds summary.json, not from here: name another --output"):
+        next(embed_set(model, loader, tmp_path / "mine", description_of(model, loader)))
     (tmp_path / "set.json").write_text(json.dumps({"format": "x"}))
     with pytest.raises(ValueError, match="name a folder that launch/embed.py wrote"):
         read_set(tmp_path)

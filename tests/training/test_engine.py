@@ -214,6 +214,8 @@ def test_a_scale_that_would_do_nothing_is_refused(root, tmp_path):
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps = 0"),
         ({"train_micro_batch_size_per_gpu": True}, "train_micro_batch_size_per_gpu = True"),
         ({"gradient_clipping": "auto"}, "gradient_clipping = 'auto'"),
+        ({"gradient_clipping": -1}, "gradient_clipping = -1: give the largest norm"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_acum_dtype: only grad_accum_dtype"),
         ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'"),
     ],
 )

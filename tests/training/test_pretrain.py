@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -246,6 +247,24 @@ def test_a_folder_that_takes_no_run_is_refused_before_the_model_is_built(root, t
     with pytest.raises(ValueError, match=r"run.folder = .*file/run: a run cannot be kept there"):
         train(tiny_config(root, run={"folder": str(tmp_path / "file" / "run"), "steps": 1}))
     assert (tmp_path / "file").is_file()
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_folder_that_another_run_writes_to_is_refused(root, tmp_path, resume):
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 1})
+    train(config)
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    # Of its own process: one process may lock a file twice.
+    holds = "import sys; from pathlib import Path; from miles_fast.training.start import FolderLock; "
+    holds += "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", holds, str(tmp_path / "run")], **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="run: another run is writing there; name another folder"):
+            train(config, resume=resume)
+        assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        other.kill()
+    train(config, resume=resume)
 
 
 def test_another_architecture_is_refused_with_the_difference(root, tmp_path):
