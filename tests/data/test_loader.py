@@ -256,6 +256,15 @@ def test_missing_shards_are_named(root, tmp_path):
         loader(tiny_config(root, data=data))
 
 
+def test_a_pass_that_takes_more_than_the_set_holds_is_said(root, caplog):
+    config = tiny_config(root)
+    clips = len(loader(config, ranks=2).shard_sets[0])
+    assert "negatives" not in caplog.text
+    loader(config, batch=clips, ranks=2)
+    said = f"train holds {clips} clips, a pass of all ranks takes {2 * clips}: clips are among their own"
+    assert said in caplog.text
+
+
 def test_captions_of_any_length_are_padded_or_cut(root):
     tokenizer = load_tokenizer(root / "tokenizer")
     encode = pickle.loads(pickle.dumps(CaptionEncoder(tokenizer, 8)))

@@ -117,6 +117,8 @@ def test_killed_at_any_moment_nothing_is_lost(ours, model, shards, tmp_path):
     _, videos, keys, _ = embed_source(model, loader_of(model, shards))
     assert found.keys == keys and not list(tmp_path.glob(".*"))
     np.testing.assert_allclose(found.videos, videos, atol=1e-6)
+    assert run(*command).returncode == 0
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary  # of the call that encoded
 
 
 def test_captions_without_room_for_a_word_are_refused_before_the_model_is_read(monkeypatch, capsys):
