@@ -158,7 +158,8 @@ def _entry(
         if caption_column is None and {"videoid", "name"} <= named.keys():
             caption_column, file_columns = "name", ("videoid",)
     if len(header) == 1 and ";" in header[0]:
-        raise ClipListError(f"{path}: the header is one cell, {header[0]!r}: separate cells by commas")
+        separators = "tabs" if path.suffix.lower() == ".tsv" else "commas"
+        raise ClipListError(f"{path}: the header is one cell, {header[0]!r}: separate cells by {separators}")
     several = [name for name in named if isinstance(name, str) and name.endswith("caption")]
     if caption_column is None and several:
         raise ClipListError(

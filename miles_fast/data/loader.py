@@ -57,7 +57,7 @@ class Loader:
         ]
         check_room(self.shard_sets, self._orders)
         for shards, source in zip(self.shard_sets, data.train, strict=True):
-            if len(shards) < share.batch * share.ranks:
+            if share.rank == 0 and len(shards) < share.batch * share.ranks:
                 logger.warning(
                     "%s holds %d clips, a pass of all ranks takes %d: clips are among their own negatives",
                     *(source.name, len(shards), share.batch * share.ranks),

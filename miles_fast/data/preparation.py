@@ -190,9 +190,7 @@ def _claim(output: Path, plan: dict) -> None:
         return
     ours = "*.tar", "summary.json", "sample.html", "quarantine.jsonl"
     if strangers := sorted(path for pattern in ours for path in output.glob(pattern)):
-        raise PreparationError(
-            f"{output} already holds {strangers[0].name}, not from here: name another output"
-        )
+        raise PreparationError(f"{output} already holds {strangers[0].name}: name another output")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(plan))
 

@@ -102,7 +102,7 @@ def _unpickle(path: Path) -> Any:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         detail = next((line for line in reason if "GLOBAL" in line or "blocked" in line), reason[0])
         if "Re-running" in detail:  # torch's advice is to unpickle it all
-            detail = "torch did not write it"
+            detail = "no pickle that torch reads so"
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({detail.strip()})") from error
 
 

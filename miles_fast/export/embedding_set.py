@@ -280,7 +280,7 @@ def _claim(folder: Path, description: SetDescription) -> None:
     place = folder / "set.json"
     if not place.is_file():
         if (folder / "summary.json").exists():
-            raise ValueError(f"{folder} holds summary.json, not from here: name another --output")
+            raise ValueError(f"{folder} holds another program's summary.json: name another --output")
         write_whole(place, json.dumps(asdict(description), indent=2) + "\n")
         return
     there, wanted = asdict(_read_description(folder)), asdict(description)

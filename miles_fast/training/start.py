@@ -32,20 +32,22 @@ class FolderLock:
         self.take(run)
 
     def take(self, run: Path) -> None:
-        """Raises ValueError where another process holds it."""
+        """Lock this folder instead. Raises ValueError where another process does."""
         if rank() != 0:
             return
-        self._file = open(run / ".lock", "a")
+        file = open(run / ".lock", "a")
         try:
             # Not flock, which processes that this one forks would hold on to when it is killed.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                self.close()
+                file.close()
                 raise ValueError(
                     f"run.folder = {run}: another run is writing there; name another folder, or end that one"
                 ) from error
             logger.warning("%s: cannot be locked (%s); do not start another run in it", run, error)
+        self.close()
+        self._file = file
 
     def close(self) -> None:
         """Let others have it."""
@@ -57,16 +59,25 @@ class FolderLock:
 def make_folder(run: Path) -> FolderLock:
     """Make the run's folder where there is none, and lock it.
 
-    Raises ValueError where nothing can be written to it, or another run is writing.
+    Raises ValueError, on all ranks, where nothing can be written to it, or another run is writing.
     """
-    problem = "it is not writable"
+    problem, lock = "it is not writable", None
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problem = str(error)
     if not os.access(run, os.W_OK):
-        raise ValueError(f"run.folder = {run}: a run cannot be kept there ({problem}); name another folder")
-    return FolderLock(run)
+        problem = f"run.folder = {run}: a run cannot be kept there ({problem}); name another folder"
+    else:
+        try:
+            lock, problem = FolderLock(run), None
+        except ValueError as error:
+            problem = str(error)
+    for said in gather_objects(problem):
+        if said is not None:
+            raise ValueError(said)
+    assert lock is not None
+    return lock
 
 
 def prepare_folder(run: Path, config: Config, lock: FolderLock, *, keep: bool) -> None:
@@ -78,7 +89,6 @@ def prepare_folder(run: Path, config: Config, lock: FolderLock, *, keep: bool) -
             run.rename(aside)
             logger.info("%s held an earlier run: moved to %s (--resume auto would go on with it)", run, aside)
             run.mkdir(parents=True)
-            lock.close()
             lock.take(run)
         (run / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     gather_objects(None)

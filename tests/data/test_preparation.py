@@ -351,7 +351,7 @@ def test_bad_inputs(folder, tars, tmp_path, write_tar):
     assert sorted(folder.rglob("*")) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "summary.json").touch()
-    with pytest.raises(PreparationError, match="already holds summary.json, not from here"):
+    with pytest.raises(PreparationError, match="already holds summary.json: name another"):
         prepare(tars, tmp_path / "mine", alone())
     for name in ("frames", "max_frames", "fps", "samples_per_shard", "workers", "limit"):
         with pytest.raises(PreparationError, match=name):

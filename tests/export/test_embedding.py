@@ -253,7 +253,7 @@ def test_mistakes_name_the_file_and_the_remedy(model, shards, tmp_path):
                 call(given, batch=batch)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "summary.json").touch()
-    with pytest.raises(ValueError, match="mine holds summary.json, not from here: name another --output"):
+    with pytest.raises(ValueError, match="mine holds another program's summary.json: name another --output"):
         next(embed_set(model, loader, tmp_path / "mine", description_of(model, loader)))
     (tmp_path / "set.json").write_text(json.dumps({"format": "x"}))
     with pytest.raises(ValueError, match="name a folder that launch/embed.py wrote"):
