@@ -110,13 +110,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             node = node[part]
 
 
-def model_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "model") -> list[str]:
-    """Lines `key: old -> new` for every leaf in which two model sections differ."""
+def section_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "model") -> list[str]:
+    """Lines `key: old -> new` for every leaf in which two sections differ."""
     lines = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += model_difference(before, after, f"{prefix}.{key}")
+            lines += section_difference(before, after, f"{prefix}.{key}")
         elif before != after:
             lines.append(f"{prefix}.{key}: {before!r} -> {after!r}")
     return lines

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from miles_fast.config import Config
-from miles_fast.config_tree import model_difference, to_dict
+from miles_fast.config_tree import section_difference, to_dict
 from miles_fast.distributed import gather_objects, logger, rank
 from miles_fast.models.storage import PRETRAINING
 from miles_fast.training.engine_state import load_state
@@ -90,7 +90,8 @@ def read_state(checkpoint: Path, config: Config) -> dict[str, Any]:
         raise CheckpointError(
             f"{checkpoint}: state.json cannot be read ({error}); use an older one"
         ) from error
-    changed = model_difference(model, to_dict(config)["model"])
+    now = to_dict(config)
+    changed = section_difference(model, now["model"])
     if changed:
         raise CheckpointError(
             f"{checkpoint} is of another architecture: {'; '.join(changed)}. Restore the model section, or "
@@ -98,6 +99,13 @@ def read_state(checkpoint: Path, config: Config) -> dict[str, Any]:
         )
     if not isinstance(step, int) or step < 0:
         raise CheckpointError(f"{checkpoint}: state.json says step = {step!r}; use an older checkpoint")
+    others = [
+        line
+        for section in ("data", "method", "run")
+        for line in section_difference(state["config"].get(section, {}), now[section], section)
+    ]
+    if others:
+        logger.info("%s was made with other settings: %s", checkpoint, "; ".join(others)[:2000])
     return state
 
 

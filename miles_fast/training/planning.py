@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from miles_fast.config import Config, ModelConfig
-from miles_fast.config_tree import model_difference, to_dict
+from miles_fast.config_tree import section_difference, to_dict
 from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.objective import Objective
@@ -99,7 +99,7 @@ def differences(measured: dict[str, Any], planned: Config) -> list[str]:
     return [
         line
         for section, new in deciding(planned).items()
-        for line in model_difference(measured.get(section, {}), new, section)
+        for line in section_difference(measured.get(section, {}), new, section)
     ]
 
 

@@ -267,6 +267,18 @@ def test_a_folder_that_another_run_writes_to_is_refused(root, tmp_path, resume):
     train(config, resume=resume)
 
 
+def test_a_resume_says_what_was_set_otherwise(root, tmp_path, caplog):
+    caplog.set_level("INFO", "miles_fast")
+    run = {"folder": str(tmp_path / "run"), "steps": 1, "seed": 0}
+    train(tiny_config(root, run=run))
+    train(tiny_config(root, run=run), resume="auto")
+    assert "other settings" not in caplog.text
+    train(tiny_config(root, run=run | {"steps": 2, "seed": 9}, data={"flip": 0.25}), resume="auto")
+    assert (
+        "step-00000001 was made with other settings: data.flip: 0.5 -> 0.25; run.seed: 0 -> 9" in caplog.text
+    )
+
+
 def test_another_architecture_is_refused_with_the_difference(root, tmp_path):
     config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 1})
     train(config)
