@@ -71,7 +71,7 @@ def make_folder(run: Path) -> FolderLock:
     else:
         try:
             lock, problem = FolderLock(run), None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             problem = str(error)
     for said in gather_objects(problem):
         if said is not None:
