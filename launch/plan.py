@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from miles_fast.config import Config
-from miles_fast.config_tree import load_config
+from miles_fast.config_tree import differences, load_config
 from miles_fast.options import above_zero, at_least, number
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
 from miles_fast.training.planning import (
@@ -26,7 +26,6 @@ from miles_fast.training.planning import (
     Measured,
     Plan,
     deciding,
-    differences,
     model_sizes,
     plan,
     rank_spread,
@@ -151,7 +150,7 @@ def _log(path: Path, gpus: int, planned: Planned) -> list[dict[str, Any]]:
 
 
 def _check_config(path: Path, measured: dict[str, Any], planned: Planned) -> None:
-    if changed := differences(measured, planned.config):
+    if changed := differences(measured, deciding(planned.config)):
         raise ValueError(
             f"{path}: measured with another config than {planned.config_file} (measured -> planned): "
             f"{'; '.join(changed)}. Plan with the measured one (--config; a run's is config.json beside its "

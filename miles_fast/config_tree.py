@@ -120,3 +120,12 @@ def section_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "
         elif before != after:
             lines.append(f"{prefix}.{key}: {before!r} -> {after!r}")
     return lines
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `section.key: old -> new` of the sections of `new`."""
+    return [
+        line
+        for section, values in new.items()
+        for line in section_difference(old.get(section, {}), values, section)
+    ]

@@ -101,12 +101,18 @@ def _pairs(path: Path, file) -> Iterator[tuple[tuple[str, ...], list[str]]]:
 
 def _table_rows(path: Path, table: csv.DictReader) -> Iterator[tuple[int, object]]:
     kind = path.suffix.lower()[1:]
+    separators = "tabs" if kind == "tsv" else "commas"
     # Iterating over the file keeps line separators inside quotes, and millions of rows out of memory.
     try:
+        header = table.fieldnames or ()
+        if len(header) == 1 and ";" in header[0]:
+            raise ClipListError(
+                f"{path}: the header is one cell, {header[0]!r}: separate cells by {separators}"
+            )
         for number, row in enumerate(table, start=1):
             surplus = row.pop(None, [])
             if any(cell.strip() for cell in surplus):
-                width, separators = len(table.fieldnames), "tabs" if kind == "tsv" else "commas"
+                width = len(header)
                 raise ClipListError(
                     f"{path}: line {table.line_num} has {width + len(surplus)} cells, the header {width}: "
                     f"put captions with {separators} in quotes"
@@ -157,9 +163,6 @@ def _entry(
         caption_column = next((name for name in _CAPTION_COLUMNS if name in named), None)
         if caption_column is None and {"videoid", "name"} <= named.keys():
             caption_column, file_columns = "name", ("videoid",)
-    if len(header) == 1 and ";" in header[0]:
-        separators = "tabs" if path.suffix.lower() == ".tsv" else "commas"
-        raise ClipListError(f"{path}: the header is one cell, {header[0]!r}: separate cells by {separators}")
     several = [name for name in named if isinstance(name, str) and name.endswith("caption")]
     if caption_column is None and several:
         raise ClipListError(

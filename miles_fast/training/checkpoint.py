@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from miles_fast.config import Config
-from miles_fast.config_tree import section_difference, to_dict
+from miles_fast.config_tree import differences, section_difference, to_dict
 from miles_fast.distributed import gather_objects, logger, rank
 from miles_fast.models.storage import PRETRAINING
 from miles_fast.training.engine_state import load_state
@@ -99,12 +99,7 @@ def read_state(checkpoint: Path, config: Config) -> dict[str, Any]:
         )
     if not isinstance(step, int) or step < 0:
         raise CheckpointError(f"{checkpoint}: state.json says step = {step!r}; use an older checkpoint")
-    others = [
-        line
-        for section in ("data", "method", "run")
-        for line in section_difference(state["config"].get(section, {}), now[section], section)
-    ]
-    if others:
+    if others := differences(state["config"], {name: now[name] for name in ("data", "method", "run")}):
         logger.info("%s was made with other settings: %s", checkpoint, "; ".join(others)[:2000])
     return state
 

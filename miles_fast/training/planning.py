@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from miles_fast.config import Config, ModelConfig
-from miles_fast.config_tree import section_difference, to_dict
+from miles_fast.config_tree import to_dict
 from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.objective import Objective
@@ -92,15 +92,6 @@ def model_sizes(config: Config, vocabulary_size: int) -> Sizes:
         trained=sum(p.numel() for p in objective.parameters()),
         snapshot=snapshot if config.method.view != "none" else 0,
     )
-
-
-def differences(measured: dict[str, Any], planned: Config) -> list[str]:
-    """Lines `key: measured -> planned` of what `deciding` found in what was measured and is planned."""
-    return [
-        line
-        for section, new in deciding(planned).items()
-        for line in section_difference(measured.get(section, {}), new, section)
-    ]
 
 
 def deciding(config: Config) -> dict[str, Any]:

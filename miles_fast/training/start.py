@@ -61,18 +61,16 @@ def make_folder(run: Path) -> FolderLock:
 
     Raises ValueError, on all ranks, where nothing can be written to it, or another run is writing.
     """
-    problem, lock = "it is not writable", None
+    problem = lock = None
     try:
         run.mkdir(parents=True, exist_ok=True)
+        if not os.access(run, os.W_OK):
+            raise PermissionError("it is not writable")
+        lock = FolderLock(run)
     except OSError as error:
+        problem = f"run.folder = {run}: a run cannot be kept there ({error}); name another folder"
+    except ValueError as error:
         problem = str(error)
-    if not os.access(run, os.W_OK):
-        problem = f"run.folder = {run}: a run cannot be kept there ({problem}); name another folder"
-    else:
-        try:
-            lock, problem = FolderLock(run), None
-        except (OSError, ValueError) as error:
-            problem = str(error)
     for said in gather_objects(problem):
         if said is not None:
             raise ValueError(said)
