@@ -117,7 +117,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line.decode())
         except ValueError:
             record = None
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             shown = line[:40].decode(errors="replace")
             raise ValueError(f"{path}: line {number} is not a record ({shown}); delete that line")
         records.append(record)

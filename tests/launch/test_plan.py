@@ -99,7 +99,7 @@ def test_the_program_compares_with_what_was_measured(tmp_path, capsys, monkeypat
     import plan as program
 
     for name, speed, memory in (("one", 400.0, 24.0), ("two", 780.0, None), ("four", 1600.0, 12.0)):
-        record = {"clips_per_second": speed, "memory_gib": memory}
+        record = {"step": 1, "clips_per_second": speed, "memory_gib": memory}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     files = [f"{gpus}={tmp_path / name}.jsonl" for gpus, name in ((1, "one"), (2, "two"), (4, "four"))]
     monkeypatch.setattr(sys, "argv", ["plan.py", "--gpus", "1", "1024", "--measured", *files])
@@ -165,7 +165,9 @@ def test_options_that_mean_nothing_are_refused(program, monkeypatch, capsys, opt
     assert f"--{option}: '{value}': write a" in err and said in err
 
 
-GOOD = json.dumps({"clips_per_second": 400.0, "step_milliseconds": 160.0, "memory_gib": None}) + "\n"
+GOOD = (
+    json.dumps({"step": 1, "clips_per_second": 400.0, "step_milliseconds": 160.0, "memory_gib": None}) + "\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +187,12 @@ GOOD = json.dumps({"clips_per_second": 400.0, "step_milliseconds": 160.0, "memor
         ("a.jsonl", b"\xff\n", "a.jsonl: line 1 is not a record"),
         ("a.jsonl", GOOD + "[1]\n", r"a.jsonl: line 2 is not a record \(\[1\]\)"),
         ("a.jsonl", GOOD + GOOD + GOOD[:9] + "\n" + GOOD, "a.jsonl: line 3 is not a record"),
-        ("a.jsonl", '{"clips_per_second": null}\n{"clips_per_second": 0}\n', "a.jsonl: holds no"),
-        ("a.jsonl", '{"clips_per_second": "9"}\n', "a.jsonl: holds no"),
+        (
+            "a.jsonl",
+            '{"step": 1, "clips_per_second": null}\n{"step": 2, "clips_per_second": 0}\n',
+            "a.jsonl: holds no",
+        ),
+        ("a.jsonl", '{"step": 1, "clips_per_second": "9"}\n', "a.jsonl: holds no"),
     ],
 )
 def test_files_that_hold_no_measurement_are_named(measurement, name, content, said):
@@ -196,7 +202,7 @@ def test_files_that_hold_no_measurement_are_named(measurement, name, content, sa
 
 def test_a_log_whose_last_line_is_cut_is_read(measurement):
     assert measurement("log.jsonl", GOOD * 3 + GOOD[:20]).clips_per_second == 400
-    zero = json.dumps({"clips_per_second": 0, "step_milliseconds": 1.0}) + "\n"
+    zero = json.dumps({"step": 1, "clips_per_second": 0, "step_milliseconds": 1.0}) + "\n"
     assert measurement("log.jsonl", (GOOD + zero) * 3).step_seconds == 64 / 400
 
 

@@ -71,7 +71,7 @@ def test_a_last_line_that_a_full_disk_cut_is_no_record(tmp_path):
     assert read_log(tmp_path) == [{"step": 1}]
 
 
-@pytest.mark.parametrize("line", [b"\xff", b"{", b"[1]"], ids=["bytes", "json", "list"])
+@pytest.mark.parametrize("line", [b"\xff", b"{", b"[1]", b"{}"], ids=["bytes", "json", "list", "no step"])
 @pytest.mark.parametrize("read", [read_log, lambda run: StepLog(run, 2, 9)], ids=["read", "resumed"])
 def test_a_line_that_is_no_record_is_named(tmp_path, read, line):
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
