@@ -23,11 +23,13 @@ Read = Callable[[str, str, int, int], Tensor]
 class Piece:
     """Elements of a flattened parameter from `start` on: their float32 weights, and where the moments are.
 
-    The optimizer keeps its state for `flat`; the piece begins there at `offset`.
+    The optimizer keeps its state for `flat`; the piece begins there at `offset`. One that is not trained has
+    none, and every rank holds all of it, but at ZeRO 3.
     """
 
     name: str
     start: int
+    trained: bool
     weight: Tensor
     flat: Tensor
     offset: int
@@ -46,6 +48,7 @@ def pieces(engine: Any) -> Iterator[Piece]:
                 yield Piece(
                     name=name,
                     start=mapping.lp_fragment_address.start,
+                    trained=True,
                     weight=mapping.hp_fragment.detach(),
                     flat=inner_optimizer(engine).param_groups[mapping.param_group_index]["params"][0],
                     offset=mapping.hp_fragment_address.start,
@@ -53,7 +56,8 @@ def pieces(engine: Any) -> Iterator[Piece]:
         else:
             flat, offset = plain.get(id(parameter), (parameter, 0))
             weight = flat.detach().view(-1)[offset : offset + parameter.numel()]
-            yield Piece(name=name, start=0, weight=weight, flat=flat, offset=offset)
+            trained = parameter.requires_grad
+            yield Piece(name=name, start=0, trained=trained, weight=weight, flat=flat, offset=offset)
 
 
 def _stage_3_piece(name: str, parameter: nn.Parameter, optimizer: Any) -> Iterator[Piece]:
@@ -63,7 +67,7 @@ def _stage_3_piece(name: str, parameter: nn.Parameter, optimizer: Any) -> Iterat
     if length > 0:
         flat = optimizer.fp32_partitioned_groups_flat[group]
         weight = flat.detach().narrow(0, offset, length)
-        yield Piece(name=name, start=start, weight=weight, flat=flat, offset=offset)
+        yield Piece(name=name, start=start, trained=True, weight=weight, flat=flat, offset=offset)
 
 
 def _unpartitioned(optimizer: Any) -> dict[int, tuple[Tensor, int]]:
@@ -89,14 +93,16 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 def own_state(engine: Any) -> dict[str, Tensor]:
     """Views of what this rank has to write: `kind|start|parameter` -> 1-D, kind a moment or `weight`.
 
-    What all ranks hold alike (ZeRO 0) is dealt out, a parameter at a time.
+    What all ranks hold alike (ZeRO 0, frozen weights) is dealt out, a parameter at a time.
     """
     state = inner_optimizer(engine).state
     shared = not engine.zero_optimization_stage()
-    found = {}
-    for number, piece in enumerate(pieces(engine)):
-        if shared and number % world_size() != rank():
-            continue
+    found, number = {}, 0
+    for piece in pieces(engine):
+        if shared or not piece.trained:
+            number += 1
+            if number % world_size() != rank():
+                continue
         found[f"weight|{piece.start}|{piece.name}"] = piece.weight
         for kind, values in state.get(piece.flat, {}).items():
             if _is_moment(values, piece.flat):
@@ -112,11 +118,11 @@ def _is_moment(value: Any, flat: Tensor) -> bool:
 def counters(engine: Any) -> dict[str, Any]:
     """What else goes on after a resume, as json: step counts, the optimizer's numbers, the schedule."""
     numbers = {}
-    for piece in pieces(engine):
-        for kind, value in inner_optimizer(engine).state.get(piece.flat, {}).items():
-            if not _is_moment(value, piece.flat):
+    first = next((piece.flat for piece in pieces(engine) if piece.trained), None)
+    if first is not None:
+        for kind, value in inner_optimizer(engine).state.get(first, {}).items():
+            if not _is_moment(value, first):
                 numbers[kind] = {"value": float(value), "tensor": torch.is_tensor(value)}
-        break
     scheduler = engine.lr_scheduler
     return {
         "engine": {name: getattr(engine, name) for name in _COUNTS},
@@ -139,7 +145,11 @@ def load_state(engine: Any, kinds: set[str], counts: dict[str, Any], read: Read)
     for piece in pieces(engine):
         stop = piece.start + piece.weight.numel()
         piece.weight.copy_(read("weight", piece.name, piece.start, stop))
+        if not piece.trained:
+            continue
         state = inner.state[piece.flat]
+        for later in state.keys() - kinds - counts["optimizer"].keys():
+            del state[later]  # of a checkpoint from before the first update there are none
         for kind in kinds:
             if kind not in state:
                 state[kind] = torch.zeros_like(piece.flat, requires_grad=False)

@@ -81,6 +81,16 @@ def test_a_run_goes_on_with_other_ranks_and_stages(start, tmp_path, finding):
     finding("F3", "2 -> 1 -> 2 ranks, ZeRO 2 -> 0 -> 3: same samples, none lost or repeated, same losses")
 
 
+def test_a_run_with_frozen_weights_is_saved_by_two_ranks_and_goes_on_with_one(start, tmp_path):
+    keys = ("--steps", "4", "--run-keys", json.dumps({"save_every": 2, "freeze": ["text_model."]}))
+    whole = start(tmp_path / "whole", 1, *keys)
+    assert whole.wait() == [0], whole.errors
+    for ranks, stage, stop in ((2, 2, ("--fault", "term:1:0")), (1, 1, ("--resume", "auto"))):
+        run = start(tmp_path / "run", ranks, *keys, "--stage", str(stage), *stop)
+        assert run.wait() == [0 if ranks == 1 else STOPPED] * ranks, run.errors
+    assert_same(tmp_path / "run", tmp_path / "whole", 4)
+
+
 @pytest.mark.parametrize("ranks,stage", [(2, 1), (3, 3)])
 def test_fine_tuning_on_several_ranks_is_that_of_one(start, tmp_path, finding, full, ranks, stage):
     """Learning rates by prefix, the start kept as the best model; three ranks evaluate 4, 4 and 2 clips."""

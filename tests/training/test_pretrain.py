@@ -47,12 +47,18 @@ def weights(folder):
     return load_file(folder / "student" / "model.safetensors"), load_file(folder / "snapshot.safetensors")
 
 
+FROZEN = ("video_model.blocks.0.", "text_model.")
+
+
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_six_steps_equal_three_resumed_bitwise(root, tmp_path, stage, bf16):
-    whole = tiny_config(root, run={"folder": str(tmp_path / "whole"), "save_every": 3})
+@pytest.mark.parametrize(
+    ("stage", "freeze"), [*((s, ()) for s in range(4)), *((s, FROZEN) for s in range(3))]
+)
+def test_six_steps_equal_three_resumed_bitwise(root, tmp_path, stage, freeze, bf16):
+    keys = {"save_every": 3, "freeze": list(freeze)}
+    whole = tiny_config(root, run={"folder": str(tmp_path / "whole"), **keys})
     first = train(whole, stage=stage, bf16=bf16)
-    parted = tiny_config(root, run={"folder": str(tmp_path / "parted"), "save_every": 3})
+    parted = tiny_config(root, run={"folder": str(tmp_path / "parted"), **keys})
     folder = tmp_path / "parted" / "checkpoints"
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000003", folder / "step-00000003")
     (folder / "latest").write_text("step-00000003\n")
