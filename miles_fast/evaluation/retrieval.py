@@ -13,6 +13,7 @@ from miles_fast.data.batches import Batch, Quarantine
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import gather_objects, rank, world_size
 from miles_fast.evaluation.host_copies import on_host
+from miles_fast.evaluation.ranks import best_ranks
 from miles_fast.models.dual_encoder import DualEncoder, unit
 
 
@@ -42,16 +43,17 @@ def ranking(similarity_QG: Tensor) -> Ranking:
 
     Ties count half: rank = 1 + (items above) + (other items equal) / 2, so that a constant model scores
     chance, not 1 (the official code counts text-to-video ties in the model's favour: spec/miles.md 5.1).
+    Raises ValueError for similarities that are not finite.
     """
-    own = similarity_QG.diagonal()[:, None]
-    ranks = 1 + (similarity_QG > own).sum(1) + ((similarity_QG == own).sum(1) - 1) / 2
+    own = torch.arange(len(similarity_QG), device=similarity_QG.device)
+    ranks = best_ranks(similarity_QG, own, own)
     recall = {k: float((ranks <= k).double().mean()) for k in (1, 5, 10)}
     return Ranking(
         r1=recall[1],
         r5=recall[5],
         r10=recall[10],
-        median_rank=float(ranks.double().quantile(0.5)),
-        mean_rank=float(ranks.double().mean()),
+        median_rank=float(ranks.quantile(0.5)),
+        mean_rank=float(ranks.mean()),
     )
 
 

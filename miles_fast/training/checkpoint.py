@@ -26,6 +26,7 @@ from miles_fast.distributed import gather_objects, logger, rank
 from miles_fast.models.storage import PRETRAINING
 from miles_fast.training.engine_state import load_state
 from miles_fast.training.manifest import MANIFEST, CheckpointError, check_files, read_manifest
+from miles_fast.training.numerics import LossGuard
 from miles_fast.training.snapshot import Snapshot
 
 _STEP = re.compile(r"step-\d{8}")
@@ -105,9 +106,17 @@ def read_state(checkpoint: Path, config: Config) -> dict[str, Any]:
 
 
 def restore_checkpoint(
-    checkpoint: Path, state: dict[str, Any], engine: Any, snapshot: Snapshot | None, *, trust: bool = False
+    checkpoint: Path,
+    state: dict[str, Any],
+    engine: Any,
+    snapshot: Snapshot | None,
+    guard: LossGuard | None = None,
+    *,
+    trust: bool = False,
 ) -> None:
-    """Check the files, then load engine, snapshot and this rank's random state; all ranks must call it.
+    """Check the files, then load engine, snapshot, and this rank's random state and window of losses.
+
+    All ranks must call it.
 
     A checkpoint without a manifest is a folder of DeepSpeed's pickles, which can run any code: it is loaded
     only with `trust`. Raises CheckpointError where something is damaged or does not fit.
@@ -118,7 +127,7 @@ def restore_checkpoint(
     check_files(checkpoint, by_all_ranks=True)
     problem = None
     try:
-        _load(checkpoint, state, engine, snapshot)
+        _load(checkpoint, state, engine, snapshot, guard)
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -129,7 +138,9 @@ def restore_checkpoint(
         raise CheckpointError(problems[0])
 
 
-def _load(checkpoint: Path, state: dict[str, Any], engine: Any, snapshot: Snapshot | None) -> None:
+def _load(
+    checkpoint: Path, state: dict[str, Any], engine: Any, snapshot: Snapshot | None, guard: LossGuard | None
+) -> None:
     with contextlib.ExitStack() as stack:
         parts: dict[tuple[str, str], list[tuple[int, Any]]] = defaultdict(list)
         own: dict[str, Tensor] = {}
@@ -137,7 +148,7 @@ def _load(checkpoint: Path, state: dict[str, Any], engine: Any, snapshot: Snapsh
         for number, listed in enumerate(sorted(name for name in files if name.startswith("rank-"))):
             file = stack.enter_context(safe_open(checkpoint / listed, framework="pt"))
             for name in file.keys():
-                if name.startswith("random|"):
+                if name.count("|") < 2:  # a rank's own
                     if number == rank():
                         own[name] = file.get_tensor(name)
                     continue
@@ -146,7 +157,8 @@ def _load(checkpoint: Path, state: dict[str, Any], engine: Any, snapshot: Snapsh
 
         def read(kind: str, parameter: str, start: int, stop: int) -> Tensor:
             if (kind, parameter) not in parts:
-                raise KeyError(f"no {kind} of {parameter}")
+                frozen = "; was it in run.freeze? It cannot be taken out in a run" if kind != "weight" else ""
+                raise KeyError(f"no {kind} of {parameter}{frozen}")
             values, filled = torch.empty(stop - start), 0
             for first, part in parts[kind, parameter]:
                 low, high = max(start, first), min(stop, first + part.get_shape()[0])
@@ -163,6 +175,9 @@ def _load(checkpoint: Path, state: dict[str, Any], engine: Any, snapshot: Snapsh
         if "snapshot.safetensors" not in files:
             raise ValueError("it has no snapshot: the run had method.view = none")
         snapshot.load_state_dict(load_file(checkpoint / "snapshot.safetensors"))
+    losses = own.pop("losses", None)
+    if losses is not None and guard is not None:
+        guard.restore(losses)
     if own:
         _restore_random_state(own)
     else:

@@ -128,6 +128,17 @@ def counters(engine: Any) -> dict[str, Any]:
         "engine": {name: getattr(engine, name) for name in _COUNTS},
         "optimizer": numbers,
         "scheduler": scheduler.state_dict() if scheduler is not None else None,
+        "kinds": _kinds(engine),
+    }
+
+
+def _kinds(engine: Any) -> dict[str, str | None]:
+    """What the optimizer and the schedule of DeepSpeed's json are; one of several of Adam's forms is Adam."""
+    optimizer = type(inner_optimizer(engine)).__name__.lower()
+    scheduler = engine.lr_scheduler
+    return {
+        "optimizer": next((name for name in ("adam", "lamb", "lion") if name in optimizer), optimizer),
+        "scheduler": type(scheduler).__name__ if scheduler is not None else None,
     }
 
 
@@ -141,6 +152,12 @@ def load_state(engine: Any, kinds: set[str], counts: dict[str, Any], read: Read)
     `read(kind, parameter, start, stop)` gives elements of a flattened tensor. Raises ValueError for an
     optimizer or schedule of another kind.
     """
+    for part, kind in _kinds(engine).items():
+        saved = counts.get("kinds", {}).get(part, kind)  # which older checkpoints do not tell
+        if saved != kind:
+            raise ValueError(
+                f"the {part} of DeepSpeed's json was {saved} and is {kind}; put it back as it was"
+            )
     inner = inner_optimizer(engine)
     for piece in pieces(engine):
         stop = piece.start + piece.weight.numel()

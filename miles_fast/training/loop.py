@@ -91,9 +91,10 @@ def pretrain(
             engine = build_engine(objective, settings)
             stack.callback(release_engine, engine)
             torch.manual_seed(config.run.seed + 1 + rank())
+            guard = LossGuard(config.run.spike_factor, device)
             if checkpoint:
                 watchdog.report(f"restoring {checkpoint}")
-                restore_checkpoint(checkpoint, state, engine, snapshot, trust=trust_checkpoint)
+                restore_checkpoint(checkpoint, state, engine, snapshot, guard, trust=trust_checkpoint)
                 logger.info("resumed from %s at step %d of %d", checkpoint, first_step, config.run.steps)
             watchdog.report("opening the data")
             loader = _open_loader(config, settings, tokenizer, run, device)
@@ -115,7 +116,7 @@ def pretrain(
             log = stack.enter_context(contextlib.closing(StepLog(run, first_step, config.run.steps)))
             stop = stack.enter_context(contextlib.closing(StopRequest()))
             stopping = None
-            if config.run.patience:
+            if config.run.patience and evaluate is not None:
                 watched = config.data.evaluation[0].name
                 stopping = EarlyStopping(run, watched, config.run.patience, config.run.evaluate_every)
             training = Training(
@@ -130,9 +131,10 @@ def pretrain(
                 run=run,
                 device=device,
                 log=log,
-                saver=Saver(run, config, engine, snapshot, device, checkpoint),
+                saver=Saver(run, config, engine, snapshot, device, checkpoint, guard),
                 stop=stop,
                 watchdog=watchdog,
+                guard=guard,
                 left_out=SkippedData(config.run, state.get("skipped_data", [])),
                 trust_checkpoint=trust_checkpoint,
                 stopping=stopping,
@@ -202,8 +204,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
     """Train to the end (None), or to where it has to go back to an earlier checkpoint: its step."""
     config, engine, snapshot, run = t.config, t.engine, t.snapshot, t.config.run
     meter = Meter(config, t.loader.share, t.device)
-    guard, ballot = LossGuard(run.spike_factor, t.device), Ballot(t.device)
-    update, position = UpdateCheck(engine), t.left_out.position(first_step)
+    ballot, update, position = Ballot(t.device), UpdateCheck(engine), t.left_out.position(first_step)
     engine.train()
     with contextlib.closing(t.deal(t.loader, position)) as batches:
         for step in range(first_step + 1, run.steps + 1):
@@ -211,7 +212,7 @@ def _train_from(t: Training, first_step: int) -> int | None:
             logs = step % run.log_every == 0 or step == first_step + 1 or last
             wanted = t.left_out.position(step - 1)
             ballot.cast(Vote(t.stop.signal is not None, t.saver.problem is not None, t.saver.busy))
-            guard.begin()
+            t.guard.begin()
             update.before()
             t.watchdog.report(f"waiting for the data of step {step}")
             for _ in range((wanted - position) * t.settings.accumulation):
@@ -222,7 +223,9 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 batch = next(batches)
                 meter.waited(time.perf_counter() - waiting)
                 t.watchdog.report(f"computing step {step}")
-                losses, norm = train_step(engine, snapshot, batch, with_norm=logs, guard=guard, saver=t.saver)
+                losses, norm = train_step(
+                    engine, snapshot, batch, with_norm=logs, guard=t.guard, saver=t.saver
+                )
                 del batch  # here, and not while the next one is waited for: freeing it takes milliseconds
             vote = ballot.count()
             t.watchdog.started()
@@ -230,10 +233,10 @@ def _train_from(t: Training, first_step: int) -> int | None:
             meter.stepped()
             if engine.was_step_applied():
                 t.left_out.applied()
-                if snapshot is not None:
-                    snapshot.follow(engine.module.model, step)
                 update.after(step)
-            elif skipped(t, step, wanted, guard):
+            if snapshot is not None:
+                snapshot.follow(engine.module.model, step, moved=engine.was_step_applied())
+            if not engine.was_step_applied() and skipped(t, step, wanted):
                 return roll_back(t, step)
             if logs:
                 update.verify()

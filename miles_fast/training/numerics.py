@@ -34,9 +34,22 @@ class LossGuard:
 
     def __init__(self, spike_factor: float | None, device: torch.device) -> None:
         self._factor = spike_factor
-        self._recent = torch.full((WINDOW,), math.nan, device=device)
+        self._state = torch.full((WINDOW + 1,), math.nan, device=device)
+        self._recent = self._state[:WINDOW]
         self._count = 0
         self._step: list[tuple[Tensor, Tensor, Tensor, tuple[str, ...]]] = []
+
+    def state(self) -> Tensor | None:
+        """The window and how many losses it has seen, always the same tensor; None where none are watched."""
+        if self._factor is None:
+            return None
+        self._state[WINDOW] = self._count
+        return self._state
+
+    def restore(self, state: Tensor) -> None:
+        """Go on with the window that `state` gave."""
+        self._state.copy_(state)
+        self._count = int(state[WINDOW])
 
     def begin(self) -> None:
         """A new optimizer step begins."""
@@ -110,7 +123,7 @@ class SkippedData:
             self._rollbacks = 0
 
     def skipped(self, data: int) -> bool:
-        """A step on these data was skipped. True: it is time to roll back, and their data are now left out.
+        """A step on these data was skipped. True: it is time to roll back, and to `leave_out` their data.
 
         Raises NumericsError when the run rolled back too often already.
         """
@@ -125,9 +138,13 @@ class SkippedData:
                 "samples that log.jsonl names, or resume from an older checkpoint"
             )
         self._rollbacks += 1
-        self.ranges = _joined([*self.ranges, (self._row[0], self._row[-1] + 1)])
-        self._row.clear()
         return True
+
+    def leave_out(self, step: int) -> None:
+        """Leave out the data of the steps skipped in a row, those behind `step`, which was gone back to."""
+        first = max(self._row[0], self.position(step))
+        self.ranges = _joined([*self.ranges, (first, self._row[-1] + 1)])
+        self._row.clear()
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -44,7 +44,7 @@ class StepLog:
         except ImportError:
             note_once("tensorboard is not installed: log.jsonl holds the figures instead")
         else:
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def advance(self) -> None:
         """One more optimizer step is done."""
@@ -78,11 +78,6 @@ class StepLog:
             self._board = None
         if show:
             self._bar.set_postfix({name: f"{record[name]:.4g}" for name in show if name in record})
-
-    def say(self, text: str) -> None:
-        """Print a line without tearing the progress bar."""
-        if rank() == 0:
-            self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Flush and close everything."""

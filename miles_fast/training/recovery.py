@@ -49,6 +49,7 @@ class Training:
     saver: Saver
     stop: StopRequest
     watchdog: Watchdog
+    guard: LossGuard
     left_out: SkippedData
     trust_checkpoint: bool
     stopping: EarlyStopping | None
@@ -130,9 +131,9 @@ def _tolerating_save_errors(t: Training) -> Iterator[None]:
         logger.error("%s; training goes on (run.on_save_error)", error)
 
 
-def skipped(t: Training, step: int, data: int, guard: LossGuard) -> bool:
+def skipped(t: Training, step: int, data: int) -> bool:
     """Record a step that changed nothing on any rank; True: enough of them, go back."""
-    blamed = guard.blame()
+    blamed = t.guard.blame()
     back = t.left_out.skipped(data)
     shown = "; ".join(
         f"rank {b['rank']}: loss {b['loss']:.4g}, {', '.join(b['keys'][:4])}" for b in blamed[:4]
@@ -157,7 +158,8 @@ def roll_back(t: Training, step: int) -> int:
             "no checkpoint to go back to: lower the learning rate, or look at the samples in log.jsonl"
         )
     state = read_state(checkpoint, t.config)
-    restore_checkpoint(checkpoint, state, t.engine, t.snapshot, trust=t.trust_checkpoint)
+    restore_checkpoint(checkpoint, state, t.engine, t.snapshot, t.guard, trust=t.trust_checkpoint)
+    t.left_out.leave_out(state["step"])
     logger.warning("went back from step %d to %s; data left out: %s", step, checkpoint, t.left_out.ranges)
     t.log.write(step, {"rolled_back_to": state["step"], "skipped_data": t.left_out.ranges})
     t.log.go_back(state["step"])

@@ -33,6 +33,7 @@ from miles_fast.training.checkpoint import complete_checkpoints, published_names
 from miles_fast.training.engine_state import counters, inner_optimizer, own_state
 from miles_fast.training.host_copy import HostCopy
 from miles_fast.training.manifest import CheckpointError, digest, write_manifest
+from miles_fast.training.numerics import LossGuard
 from miles_fast.training.snapshot import Snapshot
 
 _POLL_SECONDS = 0.02
@@ -50,6 +51,7 @@ class Saver:
         snapshot: Snapshot | None,
         device: torch.device,
         resumed: Path | None = None,
+        guard: LossGuard | None = None,
     ) -> None:
         self.folder, self._config, self._engine, self._snapshot = (
             run / "checkpoints",
@@ -57,7 +59,7 @@ class Saver:
             engine,
             snapshot,
         )
-        self._newest = resumed
+        self._newest, self._guard = resumed, guard
         # Ranks must not meet what a killed run left, and need not wait until rank 0 has removed it.
         self._token = gather_objects(secrets.token_hex(4))[0]
         self._copy = HostCopy(device)
@@ -84,11 +86,13 @@ class Saver:
 
     def _elements(self) -> int:
         weights = sum(t.numel() for n, t in own_state(self._engine).items() if n.startswith("weight|"))
-        average = self._average()
-        return 3 * weights + sum(tensor.numel() for tensor in average.values())
+        return 3 * weights + sum(tensor.numel() for tensor in self._beside().values())
 
-    def _average(self) -> dict[str, Tensor]:
-        return self._snapshot.state_dict() if self._snapshot is not None and rank() == 0 else {}
+    def _beside(self) -> dict[str, Tensor]:
+        """What is copied beside the engine's state: the guard's window, and on rank 0 the average."""
+        losses = self._guard.state() if self._guard is not None else None
+        average = self._snapshot.state_dict() if self._snapshot is not None and rank() == 0 else {}
+        return ({} if losses is None else {"losses": losses}) | {f"|{n}": t for n, t in average.items()}
 
     def newest(self) -> Path | None:
         """This run's newest checkpoint, or what it resumed from; all ranks must call it."""
@@ -121,10 +125,11 @@ class Saver:
 
     def _to_copy(self) -> dict[str, Tensor]:
         """The same dict again, until the optimizer keeps other tensors."""
+        beside = self._beside()
         states = inner_optimizer(self._engine).state.values()
         kept = [value for state in states for value in state.values() if torch.is_tensor(value)]
         if self._kept is None or len(kept) != len(self._kept) or any(map(operator.is_not, kept, self._kept)):
-            self._state = own_state(self._engine) | {f"|{n}": t for n, t in self._average().items()}
+            self._state = own_state(self._engine) | beside
             self._kept = kept
         return self._state
 

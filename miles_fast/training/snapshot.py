@@ -61,9 +61,13 @@ class Snapshot:
         return final - (final - first) * (math.cos(math.pi * step / self.total_steps) + 1) / 2
 
     @torch.no_grad()
-    def follow(self, student: DualEncoder, step: int) -> None:
-        """Move towards the student after optimizer step `step` (1-based), as `config.update` says."""
-        if self.config.update == "frozen":
+    def follow(self, student: DualEncoder, step: int, *, moved: bool = True) -> None:
+        """Move towards the student after optimizer step `step` (1-based), as `config.update` says.
+
+        Where a skipped step has not `moved` the student there is nothing to average; a copy that is due is
+        one of the student as it was, and is not put off by a whole period.
+        """
+        if self.config.update == "frozen" or not (moved or self.config.update == "copy"):
             return
         if self.config.update == "copy" and step % self.config.every:
             return

@@ -19,6 +19,11 @@ def test_a_constant_model_scores_chance_not_one():
     assert result.r1 == 0 and result.median_rank == guess.median_rank == 51
 
 
+def test_a_model_of_nan_is_no_perfect_one():
+    with pytest.raises(ValueError, match="similarities are not finite"):
+        ranking(torch.full((5, 5), torch.nan))
+
+
 def test_a_perfect_model():
     result = ranking(torch.eye(20))
     assert (result.r1, result.median_rank) == (1, 1)

@@ -107,10 +107,10 @@ def test_bad_steps_of_one_rank_in_a_row_take_all_ranks_back(start, tmp_path, fin
     finding("F6", f"{kind} on one of two ranks, {precision}: skipped on both, after 2 in a row both go back")
 
 
-def train(root, folder, deal, resume=None, **run):
+def train(root, folder, deal, resume=None, evaluate=None, **run):
     config = tiny_config(root, run={"folder": str(folder), **run})
     settings = check_ds_config(ds_tree(stage=1), "ds", config, cuda=False, ranks=1)
-    pretrain(config, settings, resume=resume, deal=deal)
+    pretrain(config, settings, resume=resume, deal=deal, evaluate=evaluate)
     return read_log(folder)
 
 
@@ -144,6 +144,24 @@ def test_after_some_bad_steps_in_a_row_it_goes_back_and_leaves_their_data_out(ro
     finding("F6", "after K in a row it goes back and leaves their data out")
 
 
+def test_data_before_a_checkpoint_between_skipped_steps_are_not_left_out_again(root, tmp_path):
+    seen, bad = [], {3, 4, 5, 6}
+    log = train(root, tmp_path / "run", spoiled(bad, seen), steps=9, save_every=5, max_skipped_steps=4)
+    back = next(r for r in log if "rolled_back_to" in r)
+    assert back["rolled_back_to"] == 5 and back["skipped_data"] == [[5, 7]]
+    assert seen == list(range(11))
+
+
+def test_going_back_to_the_start_forgets_what_the_optimizer_had_gathered(root, tmp_path):
+    options = {"steps": 6, "save_every": 99, "evaluate_every": 99, "patience": 1, "max_skipped_steps": 2}
+    ways = dict.fromkeys(("text_to_video", "video_to_text"), dict.fromkeys(("r1", "r5", "r10"), 0.0))
+    deal = spoiled({4, 5}, [])
+    log = train(root, tmp_path / "run", deal, evaluate=lambda *_: {"heldout": ways}, **options)
+    assert [r["rolled_back_to"] for r in log if "rolled_back_to" in r] == [0]
+    losses = [r["loss"] for r in log if "loss" in r and r["loss"] == r["loss"]]
+    assert losses[:4] == losses[4:8]
+
+
 @pytest.mark.parametrize("folder", ["run", "other"])
 def test_a_resumed_run_goes_back_to_what_it_resumed_from_until_it_saves(root, tmp_path, folder):
     options = {"steps": 6, "save_every": 2, "max_skipped_steps": 2, "keep_checkpoints": 9}
@@ -171,8 +189,23 @@ def test_positions_jump_over_data_that_are_left_out(root):
     config = tiny_config(root, run={"folder": "x", "steps": 9, "max_skipped_steps": 1}).run
     left_out = SkippedData(config, [(2, 4), (5, 6)])
     assert [left_out.position(step) for step in range(6)] == [0, 1, 4, 6, 7, 8]
-    assert left_out.skipped(4) and left_out.ranges == [(2, 6)]
+    assert left_out.skipped(4)
+    left_out.leave_out(2)
+    assert left_out.ranges == [(2, 6)]
     assert [left_out.position(step) for step in range(4)] == [0, 1, 6, 7]
+
+
+def test_a_resumed_run_knows_a_spike_at_once(root, tmp_path, monkeypatch):
+    check, seen, options = LossGuard.check, [], {"spike_factor": 10.0, "save_every": 18}
+
+    def with_a_spike(guard, losses, keys):
+        seen.append(keys)
+        return check(guard, losses._replace(total=losses.total * (1000 if len(seen) == 20 else 1)), keys)
+
+    monkeypatch.setattr(LossGuard, "check", with_a_spike)
+    train(root, tmp_path / "run", spoiled(set(), []), steps=18, **options)
+    log = train(root, tmp_path / "run", spoiled(set(), []), resume="auto", steps=20, **options)
+    assert [record["step"] for record in log if "skipped" in record] == [20]
 
 
 def test_a_spike_is_skipped_and_does_not_raise_the_bar():

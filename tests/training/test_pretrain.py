@@ -352,6 +352,21 @@ def test_a_disk_that_really_fills_up_keeps_the_older_checkpoint(root, tmp_path, 
     assert [record["step"] for record in resumed] == [1, 2, 3, 4]
 
 
+def test_another_optimizer_or_schedule_is_refused_on_resume(root, tmp_path):
+    config = tiny_config(root, run={"folder": str(tmp_path / "run"), "steps": 2, "save_every": 1})
+
+    def resume(**keys):
+        pretrain(
+            config, check_ds_config(ds_tree() | keys, "ds.json", config, cuda=False, ranks=1), resume="auto"
+        )
+
+    pretrain(config, check_ds_config(ds_tree(), "ds.json", config, cuda=False, ranks=1))
+    with pytest.raises(CheckpointError, match="the optimizer of DeepSpeed's json was adam and is sgd"):
+        resume(optimizer={"type": "SGD", "params": {"lr": 0.1}})
+    with pytest.raises(CheckpointError, match="the scheduler .* was None and is WarmupLR"):
+        resume(scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 2}})
+
+
 def test_ds_json_that_contradicts_is_refused(root):
     config = tiny_config(root)
     tree = ds_tree() | {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 9}}}

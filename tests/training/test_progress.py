@@ -1,5 +1,6 @@
 """The step log: on a disk that is full, and with lines that are no records."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -51,6 +52,17 @@ def test_a_disk_that_stays_full_is_named_at_the_end(log, tmp_path, caplog):
     with caplog.at_level(logging.ERROR):
         log.close()
     assert "records are missing" in caplog.text
+
+
+def test_tensorboard_keeps_the_step_that_a_resumed_run_goes_on_behind(tmp_path):
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        with contextlib.closing(StepLog(tmp_path, first, 9)) as log:
+            for step in steps:
+                log.write(step, {"loss": 10.0 * first + step})
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
 
 
 def test_tensorboard_is_left_out_when_it_cannot_write(log, tmp_path, caplog):
