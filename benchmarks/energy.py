@@ -67,7 +67,7 @@ class EnergyMeter:
                     start = joules()
                     if start is not None:
                         threading.Thread(target=self._watch_clock, args=(ended,), daemon=True).start()
-                if number == self._last and start is not None:
+                if number == self._last and start is not None and number > self._warmup:
                     self.joules_per_batch = (joules() - start) / (number - self._warmup)
                     ended.set()
                 yield next(batches)  # held here, a batch would be freed while the next one is waited for

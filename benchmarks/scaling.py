@@ -69,7 +69,8 @@ def _train(runs: Sequence[Sequence[int]], options: Sequence[str]) -> list[dict[s
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder) / str(number) for number in range(len(runs))]
         begun = [
-            _launch(gpus, *options, f"run.folder={run}") for gpus, run in zip(runs, folders, strict=True)
+            _launch(gpus, *options, f"run.folder={run}", "run.patience=0")
+            for gpus, run in zip(runs, folders, strict=True)
         ]
         if codes := [code for code in [run.wait() for run in begun] if code]:
             sys.exit(codes[0])

@@ -97,7 +97,8 @@ def profile_step(config: Config, settings: EngineSettings, options: argparse.Nam
     num_steps = options.profile
     steps = options.batches + WARMUP + num_steps
     with tempfile.TemporaryDirectory() as folder:
-        run = [f"run.steps={steps}", f"run.folder={folder}/run", "run.log_every=5", "run.evaluate_every=1"]
+        run = [f"run.steps={steps}", f"run.folder={folder}/run", "run.log_every=5"]
+        run += ["run.evaluate_every=1", "run.patience=0"]
         config = load_config(options.config, [*options.overrides, *run])
         settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
         schedule = torch.profiler.schedule(wait=0, warmup=steps - num_steps, active=num_steps, repeat=1)
@@ -149,6 +150,7 @@ def diagnose(config: Config, settings: EngineSettings, options: argparse.Namespa
     """The doctor's measurements and verdict."""
     with tempfile.TemporaryDirectory() as folder:
         run = [f"run.steps={options.batches + WARMUP}", f"run.folder={folder}/run", "run.log_every=5"]
+        run += ["run.patience=0"]
         config = load_config(options.config, [*options.overrides, *run])
         settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
         found = examine(config, settings, options.batches, init_process_group())

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from miles_fast.config import DataConfig, SourceConfig
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.distributed import configure_logging
+from miles_fast.evaluation.embedding import fingerprint
 from miles_fast.export.embedding_set import (
     Layout,
     SetDescription,
     embed_set,
-    fingerprint,
     unreadable_samples,
 )
 from miles_fast.export.run import load

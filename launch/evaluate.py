@@ -30,8 +30,13 @@ from miles_fast.evaluation.retrieval import evaluate_retrieval
 from miles_fast.evaluation.retrieval import table as retrieval_table
 from miles_fast.export.run import load
 from miles_fast.models.caption_tokens import SHORTEST, caption_length
-from miles_fast.options import at_least
+from miles_fast.options import at_least, refuse_unused
 from miles_fast.training.engine import init_process_group
+
+_OF_PROTOCOLS = (
+    *("data", "workers", "cache", "no_cache", "allow_missing", "probe", "dual_softmax"),
+    *("about", "part", "list"),
+)
 
 
 def main() -> None:
@@ -74,8 +79,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.shards:
+        refuse_unused(parser, options, _OF_PROTOCOLS, "with --shards, only with --protocol")
         on_shards(options)
         return
+    refuse_unused(parser, options, ("allow",), "with --protocol, only with --shards")
     protocol = find_protocol(options.protocol)
     if options.about:
         print(protocol.about())

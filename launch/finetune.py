@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--model", help="where to start: an exported or Hugging Face folder, a run, a checkpoint, a .pth"
     )
-    parser.add_argument("--tokenizer", help="folder or name, for a .pth, which holds none")
+    parser.add_argument("--tokenizer", help="folder or name; a .pth holds none, others their own")
     parser.add_argument("--resume", help="auto, or the folder of a run or a checkpoint")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -48,7 +48,9 @@ def main() -> None:
     found = None
     if options.model and is_foreign(options.model):
         found = read_pretrained(options.model, tokenizer=options.tokenizer)
-    config = _config(options.config, options.model, found, options.overrides)
+    if options.tokenizer and not options.model:
+        raise ConfigError("--tokenizer goes with --model; without it name model.text.tokenizer in the config")
+    config = _config(options.config, options.model, found, options.overrides, options.tokenizer)
     settings = read_ds_config(
         options.ds_config, config, cuda=torch.cuda.is_available(), ranks=launched_ranks()
     )
@@ -76,7 +78,9 @@ def _convert(found: Pretrained, config: Config) -> Config:
     )
 
 
-def _config(path: str, model: str | None, found: Pretrained | None, overrides: list[str]) -> Config:
+def _config(
+    path: str, model: str | None, found: Pretrained | None, overrides: list[str], tokenizer: str | None
+) -> Config:
     """The config with the architecture of `model`. Raises ConfigError for one that is not a fine-tuning."""
     start = []
     if model is not None:
@@ -85,7 +89,7 @@ def _config(path: str, model: str | None, found: Pretrained | None, overrides: l
         else:
             folder = model_folder(model)
             architecture = to_dict(read_description(folder)[0])
-            architecture["text"]["tokenizer"] = str(folder / "tokenizer")
+            architecture["text"]["tokenizer"] = tokenizer or str(folder / "tokenizer")
         start = [f"run.init_from={json.dumps(model)}", f"model={json.dumps(architecture)}"]
     try:
         config = load_config(path, [*start, *overrides])

@@ -15,6 +15,7 @@ from miles_fast.data.clip_list import ClipListError
 from miles_fast.data.preparation import PreparationError, PreparationOptions, prepare
 from miles_fast.data.sample_page import write_sample_page
 from miles_fast.data.shards import ShardError, expand_shards
+from miles_fast.options import refuse_unused
 
 
 def main() -> int:
@@ -54,8 +55,16 @@ def main() -> int:
     parser.add_argument("--workers", type=int, help="processes; all cores by default")
     parser.add_argument("--limit", type=int, help="stop after so many clips")
     parser.add_argument("--allow-hdr", action="store_true", help="keep HDR videos, mapped to bt709")
-    given = vars(parser.parse_args())
+    options = parser.parse_args()
+    given = dict(vars(options))
     where = {name: given.pop(name) for name in ("inputs", "output", "captions", "caption_column")}
+    if options.look:
+        others = [name for name in vars(options) if name not in ("inputs", "output", "look", "layout")]
+        refuse_unused(parser, options, others, "with --look")
+    if options.fps is None:
+        refuse_unused(parser, options, ("max_frames",), "without --fps")
+    if options.layout != "transcode":
+        refuse_unused(parser, options, ("gop",), "without --transcode")
     try:
         if given.pop("look"):
             return look(where["inputs"], Path(where["output"]))

@@ -29,6 +29,7 @@ from miles_fast.export.report_page import (
 )
 from miles_fast.export.run import load
 from miles_fast.models.caption_tokens import caption_length
+from miles_fast.options import at_least
 from miles_fast.training.progress import read_log
 
 
@@ -40,9 +41,12 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder or name, for a .pth, which holds none")
     parser.add_argument("--output", type=Path, help="default: RUN/report.html")
     parser.add_argument("--shards", nargs="+", help="the gallery; default: the run's first evaluation set")
-    parser.add_argument("--gallery", type=int, default=1000, help="clips of it at most")
-    parser.add_argument("--queries", type=int, default=8, help="queries that are shown")
-    parser.add_argument("--maps", type=int, default=3, help="clips of the gallery to look into")
+    parser.add_argument(
+        "--allow", nargs="+", default=[], metavar="PREFIX", help="what URLs of shards may start with"
+    )
+    parser.add_argument("--gallery", type=at_least(1), default=1000, help="clips of it at most")
+    parser.add_argument("--queries", type=at_least(0), default=8, help="queries that are shown")
+    parser.add_argument("--maps", type=at_least(0), default=3, help="clips of the gallery to look into")
     parser.add_argument("--clip", nargs=2, action="append", default=[], metavar=("FILE", "TEXT"))
     parser.add_argument("--actions", type=Path, help="json with the confusion of zero-shot actions")
     options = parser.parse_args()
@@ -93,9 +97,10 @@ def collect(
     else:
         frames, tokens = model.config.video.num_frames, caption_length(None, model.config.text.max_positions)
         data = DataConfig(train=[source], frames_per_clip=frames, caption_tokens=tokens)
+    allowed = [*data.allowed_prefixes, *options.allow]
     loader = EvaluationLoader(
         source,
-        replace(data, decode_workers=2),
+        replace(data, decode_workers=2, allowed_prefixes=allowed),
         image_size=model.config.video.image_size,
         tokenizer=model.tokenizer,
         batch=16,

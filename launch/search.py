@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from miles_fast.distributed import configure_logging
-from miles_fast.export.embedding_set import fingerprint, read_set
+from miles_fast.evaluation.embedding import fingerprint
+from miles_fast.export.embedding_set import read_set
 from miles_fast.export.run import load
 from miles_fast.export.search import nearest
 from miles_fast.options import at_least

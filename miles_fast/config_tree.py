@@ -13,11 +13,21 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from miles_fast.config import Config, ConfigError, ModelConfig
+from miles_fast.files import unique_keys
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dict of a config (for yaml or json), tuples as lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        try:
+            unique_keys([(key.value, None) for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"])
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+        return super().construct_mapping(node, deep=deep)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -27,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; launch/configs holds examples") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -88,7 +98,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise ConfigError(f"override '{override}': write section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': value is not valid YAML: {error}") from None
     node: Any = tree

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there at all."""
+"""Files and folders that are whole or not there at all, and mappings that lose no key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -71,3 +72,16 @@ def _check_covered(folder: Path, successor: Path) -> None:
         name = path.relative_to(folder)
         if not os.path.lexists(successor / name):
             raise ValueError(f"{folder} holds {name}, which is not ours and would be lost; name a new folder")
+
+
+def unique_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The dict of a mapping in a file, as json's `object_pairs_hook`.
+
+    Raises ValueError for a key that stands there twice, of which the first would be lost unsaid.
+    """
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands there twice; write it once")
+        found[key] = value
+    return found

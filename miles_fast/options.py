@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -32,3 +32,12 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 above_zero = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def refuse_unused(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str], why: str
+) -> None:
+    """End the program where one of these options, which do nothing here, was given; `why` says why not."""
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} does nothing {why}; leave it out")

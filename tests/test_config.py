@@ -33,6 +33,16 @@ def test_overrides_reach_nested_keys_and_list_items(tmp_path):
             load_config(path, [bad])
 
 
+def test_a_key_that_stands_there_twice_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tiny_tree(tmp_path)) + "method: {view: B}\nmethod: {mask: {ratio: 0.3}}\n")
+    with pytest.raises(ConfigError, match="mine.yaml: not valid YAML: .*'method' stands there twice"):
+        load_config(path)
+    path.write_text("one: &x {a: 1}\ntwo: {<<: *x, a: 2}\n" + yaml.safe_dump(tiny_tree(tmp_path)))
+    with pytest.raises(ConfigError, match="unknown key 'one'"):  # merging is no repetition
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     "override,message",
     [

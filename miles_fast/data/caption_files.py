@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from miles_fast.data.shards import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from miles_fast.files import unique_keys
 
 # `index` goes before `video_id`: MiraData cuts several clips out of one video and names them by their index.
 _FILE_COLUMNS = ("file", "path", "video", "videoid", "index", "video_id", "name")
@@ -58,7 +59,8 @@ def _entries(path: Path, column: str | None) -> Iterator[tuple[tuple[str, ...], 
                 for number, row in _json_rows(path, file):
                     yield _entry(path, number, row, column)
                 return
-            table = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+            # Not strict, a quote that nothing closes would take the rows behind it into its caption.
+            table = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True)
             for number, row in _table_rows(path, table):
                 yield _entry(path, number, row, column, header=table.fieldnames)
     except OSError as error:
@@ -105,7 +107,7 @@ def _table_rows(path: Path, table: csv.DictReader) -> Iterator[tuple[int, object
     # Iterating over the file keeps line separators inside quotes, and millions of rows out of memory.
     try:
         header = table.fieldnames or ()
-        if len(header) == 1 and ";" in header[0]:
+        if len(header) == 1 and any(mark in header[0] for mark in ";\t,"):
             raise ClipListError(
                 f"{path}: the header is one cell, {header[0]!r}: separate cells by {separators}"
             )
@@ -120,15 +122,18 @@ def _table_rows(path: Path, table: csv.DictReader) -> Iterator[tuple[int, object
             if any(row.values()):  # spreadsheets end in rows of commas
                 yield number, row
     except csv.Error as error:
-        raise ClipListError(f"{path}: line {table.line_num} is not {kind} ({error})") from error
+        raise ClipListError(
+            f"{path}: line {table.line_num + 1} is not {kind} ({error}); a cell in quotes ends with one, "
+            "and writes those inside it twice"
+        ) from error
 
 
 def _json_rows(path: Path, file) -> Iterator[tuple[int | str, object]]:
     try:
         if path.suffix.lower() == ".jsonl":
-            rows: object = [json.loads(line) for line in file if line.strip()]
+            rows: object = [json.loads(line, object_pairs_hook=unique_keys) for line in file if line.strip()]
         else:
-            rows = json.load(file)
+            rows = json.load(file, object_pairs_hook=unique_keys)
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:

@@ -73,7 +73,7 @@ def _look(folder: Path, name: str, files: dict[str, list[str]]) -> tuple[str | N
         path = os.path.relpath(path, os.path.abspath(folder))
     if path.split(os.sep)[0] == "..":
         return None, "file outside folder"
-    if (folder / path).is_file():
+    if os.path.isfile(folder / path):  # False too for a name that no file system takes
         return path, ""
     if len(files.get(path, ())) == 1:
         return files[path][0], ""

@@ -148,8 +148,9 @@ def check_url(url: str, access: Access) -> Location:
         return place
     listed = f"it lists {', '.join(access.prefixes)}" if access.prefixes else "it is empty"
     raise ShardError(
-        f"{shown(url)}: no prefix in data.allowed_prefixes allows this URL ({listed}); add one that does, "
-        f"such as '{place.scheme}://{_authority(place)}/', if you trust it"
+        f"{shown(url)}: no prefix in data.allowed_prefixes allows this URL ({listed}); add one that does "
+        f"(--allow, where there is no config), such as '{place.scheme}://{_authority(place)}/', if you trust "
+        "it"
     )
 
 

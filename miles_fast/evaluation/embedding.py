@@ -83,13 +83,13 @@ class Embedder:
         self, items: list, about: list, describe: Callable, embed: Callable[[list[list]], Iterator[Rows]]
     ) -> tuple[Tensor, list[BadSample]]:
         """The rows of all items; `embed` gives those of the parts that are not in the cache, one by one."""
-        fingerprint = self.fingerprint() if self.cache is not None else ""
+        known = fingerprint(self.model) if self.cache is not None else ""
         starts = range(0, len(items), PART)[rank() :: world_size()]
         parts = {start: items[start : start + PART] for start in starts}
         places: dict[int, Path] = {}
         if self.cache is not None:
             for start, part in parts.items():
-                key = json.dumps([FORMAT, fingerprint, about, [describe(item) for item in part]])
+                key = json.dumps([FORMAT, known, about, [describe(item) for item in part]])
                 places[start] = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
         own = {start: _load(place) for start, place in places.items() if place.is_file()}
         lacking = [start for start in starts if start not in own]
@@ -104,14 +104,6 @@ class Embedder:
         ordered = [everything[start] for start in sorted(everything)]
         bad = [sample for _, unreadable in ordered for sample in unreadable]
         return torch.from_numpy(np.concatenate([rows for rows, _ in ordered])), bad
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights, by name and value."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
     def _embed_files(
         self, parts: list[list[VideoFile]], num_frames: int, reverse: bool, projected: bool
@@ -169,6 +161,19 @@ class Embedder:
         assert self.model.tokenizer is not None
         tokens_B2L = torch.from_numpy(CaptionEncoder(self.model.tokenizer, length)(captions)).to(self.device)
         return unit(self.model.embed_text(*tokens_B2L.unbind(1))).cpu().numpy()
+
+
+def fingerprint(model: DualEncoder) -> str:
+    """SHA-256 of the weights, by name and value, and of the tokenizer; take it before a change of dtype."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    if model.tokenizer is not None:
+        tokenizer = json.loads(model.tokenizer.backend_tokenizer.to_str())
+        tokenizer.pop("truncation"), tokenizer.pop("padding")  # of the last call
+        digest.update(json.dumps(tokenizer).encode())
+    return digest.hexdigest()
 
 
 def _one_by_one(

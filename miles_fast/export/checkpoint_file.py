@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,11 @@ from torch import Tensor
 from miles_fast.files import whole_file
 
 Lineage = Literal["official", "frozen"]
+# What torch raises for what is no checkpoint; its unpickler runs into the others on text or a cut file.
+_UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError),
+    *(LookupError, AttributeError, struct.error),
+)
 _OWN = "miles_fast"  # where a checkpoint of ours keeps what the weights do not tell
 _TEXT_PROJECTION = {"official": "text_proj.", "frozen": "txt_proj."}
 
@@ -98,7 +104,7 @@ def _unpickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         detail = next((line for line in reason if "GLOBAL" in line or "blocked" in line), reason[0])
         if "Re-running" in detail:  # torch's advice is to unpickle it all
@@ -110,7 +116,7 @@ def _foreign_names(path: Path) -> contextlib.AbstractContextManager[None]:
     """Lets torch's unpickler meet the file's foreign names: each becomes an empty class of that name."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError):  # of torch before 1.6: read as far as that needs no foreign name
+    except _UNREADABLE:  # of torch before 1.6: read as far as that needs no foreign name
         return contextlib.nullcontext()
     stand_ins: list[tuple[Callable, str]] = [(type(name, (_Inert,), {}), name) for name in names]
     return torch.serialization.safe_globals(stand_ins)

@@ -9,7 +9,6 @@ makes the missing parts.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -69,15 +68,6 @@ class EmbeddingSet:
     unreadable: list[dict[str, Any]]
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Sixteen hex digits of the weights, by name and value; take it before a change of dtype."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One sample by its number, as it will stand in a part."""
@@ -107,7 +97,7 @@ def embed_set(
     yield min(part * size, description.samples)
     if part == description.num_parts:
         return
-    quarantine = _Listed()
+    quarantine = Listed()
     rows: list[Row] = []
     writing: deque[Future[None]] = deque()
     samples = range(part * size, description.samples)
@@ -142,7 +132,7 @@ def embed_set(
 
 
 def embedded_batches(
-    model: VideoTextEncoder, loader: EvaluationLoader, quarantine: Quarantine, samples: range
+    model: VideoTextEncoder, loader: EvaluationLoader, quarantine: Listed, samples: range
 ) -> Generator[tuple[list[int], Batch, Tensor, Tensor], None, None]:
     """Batches in order with their samples' numbers and unit embeddings (B, E) of videos and captions.
 
@@ -156,7 +146,10 @@ def embedded_batches(
             for batch in batches:
                 numbers = []
                 for key in batch.keys:
-                    while loader.shards[number].key != key:  # batches are in order, less what is unreadable
+                    # Batches are in order, less what is unreadable, whose key another shard may have, too.
+                    while (sample := loader.shards[number]).key != key or (
+                        (str(sample.shard), key) in quarantine.found
+                    ):
                         number += 1
                     numbers.append(number)
                     number += 1
@@ -217,8 +210,8 @@ def unreadable_samples(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-class _Listed(Quarantine):
-    """Keeps what is said of every bad sample."""
+class Listed(Quarantine):
+    """Keeps what is said of every bad sample, by shard and key."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -229,7 +222,7 @@ class _Listed(Quarantine):
         self.found |= {(sample.shard, sample.key): sample for sample in bad}
 
 
-def _write_part(place: Path, stretch: range, rows: list[Row], shards: ShardSet, quarantine: _Listed) -> None:
+def _write_part(place: Path, stretch: range, rows: list[Row], shards: ShardSet, quarantine: Listed) -> None:
     """Write the samples of a stretch that could be read, and beside them the list of the others."""
     bad = [shards[number] for number in sorted({*stretch} - {row.number for row in rows})]
     lines = [json.dumps(asdict(quarantine.found[str(sample.shard), sample.key])) + "\n" for sample in bad]

@@ -1,7 +1,7 @@
 """MILES for Hugging Face's transformers: MilesModel, MilesConfig, MilesProcessor.
 
+import miles_fast.export.hugging_face  # registers them; before transformers, which torchvision may stop
 from transformers import AutoModel, AutoProcessor
-import miles_fast.export.hugging_face  # registers them
 model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
 """
 

@@ -22,8 +22,8 @@ A dual encoder for video-text retrieval with the architecture of MILES (Ge et al
 2204.12408), {by}.
 
 ```python
+import miles_fast.export.hugging_face  # pip install miles-fast; before transformers
 from transformers import AutoModel, AutoProcessor
-import miles_fast.export.hugging_face  # pip install miles-fast
 
 model, processor = AutoModel.from_pretrained("."), AutoProcessor.from_pretrained(".")
 output = model(**processor(videos=[frames], text=["a dog jumps into water"]))  # frames: RGB uint8, in order

@@ -70,6 +70,8 @@ def read_pretrained(
         raise ValueError(f"--base is for an image tower (--from timm) only, not for --from {kind}")
     if kind in ("official", "frozen"):
         found = _from_checkpoint_file(Path(path), kind, tokenizer)
+    elif kind == "auto" and Path(path).name == "model.safetensors" and _is_model(Path(path).parent):
+        raise ValueError(f"{path} is the weights of a model alone: name its folder, {Path(path).parent}")
     elif kind == "auto" and Path(path).suffix == ".safetensors":
         raise ValueError(f"{path} is an image tower alone: put it into a model with --from timm --base MODEL")
     elif kind == "auto" and Path(path).is_file():
@@ -161,6 +163,10 @@ def _from_checkpoint_file(path: Path, lineage: Lineage | None, tokenizer: str | 
             f"{size}; name its own with --tokenizer"
         )
     return Pretrained(weights=weights, config=config, vocabulary_size=vocabulary_size, tokenizer=tokenizer)
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("model.json", "config.json"))
 
 
 def is_foreign(path: str | Path) -> bool:

@@ -16,11 +16,10 @@ import yaml
 from torch import Tensor
 
 from miles_fast.data.augmentation import MEAN, STD
-from miles_fast.data.batches import Quarantine
 from miles_fast.data.loader import EvaluationLoader
 from miles_fast.evaluation.retrieval import chance, ranking
 from miles_fast.export.attention_maps import cls_attention, word_maps
-from miles_fast.export.embedding_set import embedded_batches
+from miles_fast.export.embedding_set import Listed, embedded_batches
 from miles_fast.export.encoder import VideoTextEncoder
 from miles_fast.export.report_charts import confusion_grid, heat_over, line_chart, picture
 from miles_fast.files import write_whole
@@ -60,7 +59,7 @@ def collect_gallery(
 
     Raises ValueError when none can be read.
     """
-    quarantine = Quarantine(None)
+    quarantine = Listed()
     keys, captions, thumbnails, videos, texts, whole = [], [], [], [], [], []
     samples = range(min(limit, len(loader)))
     for _, batch, video_BE, text_BE in embedded_batches(model, loader, quarantine, samples):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from miles_fast.config import Config, ConfigError
+from miles_fast.files import unique_keys
 
 # Of DeepSpeed's keys, which it reads by name and does not check: those that a slip of the pen would undo.
 _KEYS = (
@@ -47,7 +48,7 @@ def read_ds_config(path: str | Path, config: Config, *, cuda: bool, ranks: int) 
     """
     path = Path(path)
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(), object_pairs_hook=unique_keys)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); ds.json in the repository is one"

@@ -96,10 +96,15 @@ def model_sizes(config: Config, vocabulary_size: int) -> Sizes:
 
 def deciding(config: Config) -> dict[str, Any]:
     """What decides how long a step takes and what it holds, by section."""
+    method: dict[str, Any] = {"view": config.method.view}
+    if config.method.view == "D":  # whose passes are of what is visible, and of the predictor's size
+        whole = to_dict(config.method)
+        method |= {"mask": {"ratio": whole["mask"]["ratio"]}, "contrast": {"clip": whole["contrast"]["clip"]}}
+        method["predictor"] = whole["predictor"]
     return {
         "model": to_dict(_without_files(config.model)),
         "data": {name: getattr(config.data, name) for name in ("frames_per_clip", "caption_tokens")},
-        "method": {"view": config.method.view},
+        "method": method,
     }
 
 

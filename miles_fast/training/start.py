@@ -66,6 +66,8 @@ def make_folder(run: Path) -> FolderLock:
         run.mkdir(parents=True, exist_ok=True)
         if not os.access(run, os.W_OK):
             raise PermissionError("it is not writable")
+        if (run / "model.safetensors").exists():
+            raise ValueError(f"run.folder = {run} holds a model; name another folder, or one below it")
         lock = FolderLock(run)
     except OSError as error:
         problem = f"run.folder = {run}: a run cannot be kept there ({error}); name another folder"
@@ -79,9 +81,19 @@ def make_folder(run: Path) -> FolderLock:
 
 
 def prepare_folder(run: Path, config: Config, lock: FolderLock, *, keep: bool) -> None:
-    """Write the run's config; an earlier run in its folder is moved aside but with `keep`."""
+    """Write the run's config; an earlier run in its folder is moved aside but with `keep`.
+
+    Raises ValueError, on all ranks, where this run's tokenizer would be moved, too.
+    """
+    moves = rank() == 0 and not keep and (run / "config.json").exists()
+    tokenizer = Path(config.model.text.tokenizer_source)
+    if gather_objects(moves and tokenizer.resolve().is_relative_to(run.resolve()))[0]:
+        raise ValueError(
+            f"model.text.tokenizer = {tokenizer} lies in run.folder = {run}, whose run would be moved aside: "
+            "name another folder for this run, or go on with that one by --resume auto"
+        )
     if rank() == 0:
-        if not keep and (run / "config.json").exists():
+        if moves:
             number = next(n for n in range(1, 10**6) if not run.with_name(f"{run.name}.old-{n}").exists())
             aside = run.with_name(f"{run.name}.old-{number}")
             run.rename(aside)

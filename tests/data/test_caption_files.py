@@ -50,6 +50,11 @@ def test_forms(tmp_path, name, text, expected):
     assert read_captions(tmp_path / name) == expected
 
 
+def test_a_name_that_no_file_system_takes_is_a_missing_file(tmp_path):
+    (tmp_path / "a.tsv").write_text("a dog\thttp://h.org/" + "x" * 300 + ".jpg\n")
+    assert [clip.problem for clip in list_clips(tmp_path, tmp_path / "a.tsv")] == ["file missing"]
+
+
 def test_a_caption_column_is_chosen_by_name(tmp_path):
     table = tmp_path / "mira.csv"
     table.write_text("index,video_id,short_caption,dense_caption,fps\n7_v-1,v,short,long,30\n")
@@ -73,6 +78,11 @@ def test_a_caption_column_is_chosen_by_name(tmp_path):
             "line 2 has 3 cells, the header 2: put captions with commas in quotes",
         ),
         ("a.tsv", 'file\tcaption\na\t"x\ny"\nb\tx\ty\n', "line 4 has 3 cells.*tabs in quotes"),
+        ("a.csv", 'file,caption\na,x\nb,"lone quote\nc,y\n', "line 3 is not csv.*end of data.*writes those inside"),
+        ("a.tsv", 'file\tcaption\na\t"quo" ted\n', "line 2 is not tsv"),
+        ("a.csv", "file\tcaption\na\tx\n", "header is one cell.*separate cells by commas"),
+        ("a.json", '{"a": "x", "b": "y", "a": "z"}', "is not json .the key 'a' stands there twice"),
+        ("a.jsonl", '{"file": "a", "caption": "x", "caption": "y"}', "'caption' stands there twice"),
         ("a.csv", "file,caption,caption\na,x,y\n", "'caption' 2 times.*rename"),
         ("a.csv", "file,file,caption\na,b,y\n", "'file' 2 times"),
         (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import sys
 import types
 
@@ -280,8 +281,15 @@ def test_other_mistakes_name_the_file_and_the_remedy(ours, data, tmp_path):
         ValueError, match="note.pth: not a checkpoint .* safely .no pickle that torch reads so.$"
     ):
         read_pretrained(tmp_path / "note.pth", "official")
-    with pytest.raises(ValueError, match="image tower alone.*--from timm --base"):
+    for content in (b"error\n", b"step-00000006\n", path.read_bytes()[:300], b"\x80\x02}q\x00X"):
+        (tmp_path / "cut.pth").write_bytes(content)
+        with pytest.raises(ValueError, match="cut.pth: not a checkpoint that can be read safely"):
+            read_pretrained(tmp_path / "cut.pth")
+    with pytest.raises(ValueError, match=f"weights of a model alone: name its folder, {ours}"):
         read_pretrained(ours / "model.safetensors")
+    shutil.copy(ours / "model.safetensors", tmp_path / "vit.safetensors")
+    with pytest.raises(ValueError, match="image tower alone.*--from timm --base"):
+        read_pretrained(tmp_path / "vit.safetensors")
     with pytest.raises(ValueError, match=r"--to official writes one file; name it \*.pth"):
         write_pretrained(read_pretrained(ours), "official", tmp_path / "folder")
     state = {**official_state(ours), "video_model.patch_embed.proj.weight": torch.zeros(24, 3, 8, 8)}

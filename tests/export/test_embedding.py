@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +14,20 @@ from tiny import caption, write_frames
 import miles_fast
 from launch import embed
 from miles_fast.config import DataConfig, SourceConfig
-from miles_fast.data.batches import Quarantine
 from miles_fast.data.loader import EvaluationLoader
+from miles_fast.data.vocabulary import build_vocabulary
+from miles_fast.evaluation.embedding import fingerprint
 from miles_fast.evaluation.retrieval import embed_source
 from miles_fast.export import search
 from miles_fast.export.attention_maps import cls_attention, word_maps
 from miles_fast.export.embedding_set import (
+    Listed,
     SetDescription,
     embed_set,
     embedded_batches,
-    fingerprint,
     read_set,
 )
+from miles_fast.models.text_encoder import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,26 @@ def test_a_set_is_what_evaluation_embeds_and_bad_samples_are_listed(model, shard
         ("0004", "not decodable"),
         ("0022", "not decodable"),
     ]
+
+
+def test_keys_that_two_shards_share_are_told_apart(model, tmp_path):
+    (path,) = write_frames(tmp_path / "one", 2, shards=1, frames=2, checksums=False)
+    for name, spoiled in (("0.tar", True), ("1.tar", False)):
+        data = path.read_bytes()
+        (tmp_path / f"set-{name}").write_bytes(data.replace(b"\xff\xd8\xff", b"not") if spoiled else data)
+    loader = loader_of(model, tmp_path)
+    list(embed_set(model, loader, tmp_path / "set", description_of(model, loader)))
+    found = read_set(tmp_path / "set")
+    assert found.keys == ["0000", "0001"] and {Path(shard).name for shard in found.shards} == {"set-1.tar"}
+    assert [Path(bad["shard"]).name for bad in found.unreadable] == ["set-0.tar"] * 2
+
+
+def test_the_fingerprint_tells_tokenizers_apart(model, ours, tmp_path):
+    other = miles_fast.load(ours)
+    assert fingerprint(other) == fingerprint(model)
+    build_vocabulary(["another", "words"], tmp_path / "words")
+    other.tokenizer = load_tokenizer(str(tmp_path / "words"))
+    assert fingerprint(other) != fingerprint(model)
 
 
 def test_a_set_goes_on_after_its_last_whole_part(model, shards, tmp_path):
@@ -140,13 +163,9 @@ def test_speed_is_the_median_behind_the_start_up():
 @pytest.mark.gpu
 def test_compiled_layers_take_batches_that_lost_clips(ours, shards):
     model = miles_fast.load(ours, "cuda")
-    plain = list(
-        embedded_batches(model, loader_of(model, shards, device="cuda"), Quarantine(None), range(23))
-    )
+    plain = list(embedded_batches(model, loader_of(model, shards, device="cuda"), Listed(), range(23)))
     model.compile_layers()
-    compiled = list(
-        embedded_batches(model, loader_of(model, shards, device="cuda"), Quarantine(None), range(23))
-    )
+    compiled = list(embedded_batches(model, loader_of(model, shards, device="cuda"), Listed(), range(23)))
     for (numbers, *_, videos, texts), found in zip(plain, compiled, strict=True):
         assert numbers == found[0]
         torch.testing.assert_close((videos, texts), found[2:], atol=1e-3, rtol=0)

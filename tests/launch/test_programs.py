@@ -15,7 +15,7 @@ from fork_server import LAUNCHERS, PATHS, ROOT, free_port, run
 from safetensors.torch import load_file
 from tiny import ds_tree, tiny_tree, write_data
 
-from launch import embed, evaluate, report, search
+from launch import embed, evaluate, prepare, report, search
 from miles_fast.config_tree import parse_config
 from miles_fast.export.pretrained import read_pretrained
 from miles_fast.export.run import write_pretrained
@@ -228,9 +228,32 @@ def grey_video():
         (("launch/report.py", "nowhere"), "nowhere: no log.jsonl there"),
         (("launch/evaluate.py", "nowhere", "--shards", "x"), "nowhere: no checkpoint there"),
         (("launch/prepare.py", "nowhere-*.tar", "--output", "x"), "nowhere-*.tar"),
+        (
+            ("launch/finetune.py", "--ds_config", "d", "--config", "c", "--tokenizer", "x"),
+            "--tokenizer goes with --model",
+        ),
     ],
 )
 def test_mistakes_are_one_line_not_a_traceback(command, message):
     run = call(*command, check=False)
     assert run.returncode == 1
     assert message in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "command,option,why",
+    [
+        ("evaluate.py m --shards x --dual-softmax", "--dual-softmax", "with --shards"),
+        ("evaluate.py m --shards x --probe --part train", "--probe", "with --shards"),
+        ("evaluate.py m --protocol didemo --data d --allow http://a/", "--allow", "with --protocol"),
+        ("prepare.py x --output y --max-frames 3", "--max-frames", "without --fps"),
+        ("prepare.py x --output y --remux --gop 3", "--gop", "without --transcode"),
+        ("prepare.py x --output y.html --look --limit 3", "--limit", "with --look"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(monkeypatch, capsys, command, option, why):
+    program, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit):
+        {"evaluate.py": evaluate, "prepare.py": prepare}[program].main()
+    assert f"{option} does nothing {why}" in capsys.readouterr().err

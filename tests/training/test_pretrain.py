@@ -248,6 +248,23 @@ def test_a_start_that_fails_leaves_the_folder_as_it_was(root, tmp_path):
     assert (tmp_path / "run.old-2" / "checkpoints" / "latest").exists()
 
 
+def test_no_run_takes_the_folder_of_a_model_or_moves_its_own_tokenizer(root, tmp_path):
+    run = {"folder": str(tmp_path / "run"), "steps": 1}
+    train(tiny_config(root, run=run))
+    export_run(tmp_path / "run", tmp_path / "model")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    with pytest.raises(ValueError, match="model holds a model; name another folder"):
+        train(tiny_config(root, run=run | {"folder": str(tmp_path / "model")}))
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+    config = tiny_config(root, run=run)
+    inside = tmp_path / "run" / "checkpoints" / "step-00000001" / "student" / "tokenizer"
+    text = {**vars(config.model.text), "tokenizer": str(inside)}
+    model = {"text": text, "video": vars(config.model.video), "embedding": 16}
+    with pytest.raises(ValueError, match="tokenizer lies in run.folder.*would be moved aside"):
+        train(tiny_config(root, run=run, model=model))
+    assert inside.is_dir()
+
+
 def test_a_folder_that_takes_no_run_is_refused_before_the_model_is_built(root, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.delattr(loop, "build_models")
