@@ -78,6 +78,8 @@ def main() -> None:
         "--list", type=Path, help="write {video file: captions} for launch/prepare.py and stop"
     )
     options = parser.parse_args()
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: no such folder")  # not after an hour of measuring
     if options.shards:
         refuse_unused(parser, options, _OF_PROTOCOLS, "with --shards, only with --protocol")
         on_shards(options)

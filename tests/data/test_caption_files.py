@@ -78,7 +78,11 @@ def test_a_caption_column_is_chosen_by_name(tmp_path):
             "line 2 has 3 cells, the header 2: put captions with commas in quotes",
         ),
         ("a.tsv", 'file\tcaption\na\t"x\ny"\nb\tx\ty\n', "line 4 has 3 cells.*tabs in quotes"),
-        ("a.csv", 'file,caption\na,x\nb,"lone quote\nc,y\n', "line 3 is not csv.*end of data.*writes those inside"),
+        (
+            "a.csv",
+            'file,caption\na,x\nb,"lone quote\nc,y\n',
+            "line 3 is not csv.*end of data.*writes those inside",
+        ),
         ("a.tsv", 'file\tcaption\na\t"quo" ted\n', "line 2 is not tsv"),
         ("a.csv", "file\tcaption\na\tx\n", "header is one cell.*separate cells by commas"),
         ("a.json", '{"a": "x", "b": "y", "a": "z"}', "is not json .the key 'a' stands there twice"),

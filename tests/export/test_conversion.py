@@ -2,9 +2,12 @@
 
 import dataclasses
 import os
+import re
 import shutil
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -371,6 +374,19 @@ def test_hugging_face_takes_captions_as_long_as_the_model_does(ours, tmp_path):
     for length in (-1, 0, 2, 17):
         with pytest.raises(ValueError, match=f"max_length {length}: this model takes captions of 3 to 16"):
             processor(text=caption, max_length=length)
+
+
+def test_the_models_cards_example_runs_as_it_is_written(ours, tmp_path):
+    folder, _ = write_pretrained(read_pretrained(ours), "hf", tmp_path / "hf")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    frames = "import numpy as np; frames = [np.zeros((40, 56, 3), np.uint8)] * 2\n"
+    place = {**os.environ, "PYTHONPATH": str(Path(miles_fast.__file__).parents[1])}
+    shown = frames + code + "print(sorted(output))\n"
+    run = subprocess.run(
+        [sys.executable, "-c", shown], cwd=folder, env=place, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "embeds" in run.stdout
 
 
 def test_hugging_face_loads_it_by_its_own_classes(ours, tmp_path):
