@@ -9,10 +9,10 @@ ROOT = Path(__file__).parents[1]
 # A module may import from its own layer and from earlier ones.
 LAYERS = [
     "kernels",
+    "files",
     "config",
     "config_tree",
     "options",
-    "files",
     "distributed",
     "models",
     "data",
