@@ -170,7 +170,7 @@ def _time_transfer(size: tuple[int, ...], device: torch.device) -> float:
 
 
 def _time_steps(config: Config, settings: Any, deal: Deal, name: str) -> float:
-    run = replace(config.run, folder=f"{config.run.folder}-{name}", patience=0)
+    run = replace(config.run, folder=f"{config.run.folder}-{name}")
     pretrain(replace(config, run=run), settings, deal=deal)
     records = [r for r in read_log(Path(run.folder)) if "loss" in r and r["step"] > WARMUP]
     return statistics.median(record["clips_per_second"] for record in records)

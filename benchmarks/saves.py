@@ -85,7 +85,6 @@ def measure_saves(
     every = -(-(WARMUP + steps) // (saves + 1))  # the last step's own is none of them
     with tempfile.TemporaryDirectory() as folder:
         run = [f"run.steps={WARMUP + steps}", f"run.folder={folder}/run", f"run.log_every={WARMUP + steps}"]
-        run += ["run.patience=0"]
         config = load_config(config_file, [*overrides, *run, f"run.save_every={every}"])
         settings = check_ds_config(ds_tree, "ds config", config, cuda=torch.cuda.is_available(), ranks=1)
         with mock.patch.object(loop, "Saver", TimedSaver):

@@ -150,7 +150,6 @@ def diagnose(config: Config, settings: EngineSettings, options: argparse.Namespa
     """The doctor's measurements and verdict."""
     with tempfile.TemporaryDirectory() as folder:
         run = [f"run.steps={options.batches + WARMUP}", f"run.folder={folder}/run", "run.log_every=5"]
-        run += ["run.patience=0"]
         config = load_config(options.config, [*options.overrides, *run])
         settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
         found = examine(config, settings, options.batches, init_process_group())

@@ -212,7 +212,7 @@ def train_variant(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, ops(plain=variant.plain_ops):
-        run = (f"run.folder={folder}/run", f"run.log_every={log_every}", "run.patience=0")
+        run = (f"run.folder={folder}/run", f"run.log_every={log_every}")
         config, settings = experiment.configs(variant, *run)
         meter = EnergyMeter(WARMUP * settings.accumulation, experiment.steps * settings.accumulation)
         pretrain(config, settings, deal=meter.deal)
