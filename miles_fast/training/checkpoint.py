@@ -177,7 +177,7 @@ def _load(
         snapshot.load_state_dict(load_file(checkpoint / "snapshot.safetensors"))
     losses = own.pop("losses", None)
     if losses is not None and guard is not None:
-        guard.restore(losses)
+        guard.restore(losses, state["losses_seen"])
     if own:
         _restore_random_state(own)
     else:

@@ -34,22 +34,19 @@ class LossGuard:
 
     def __init__(self, spike_factor: float | None, device: torch.device) -> None:
         self._factor = spike_factor
-        self._state = torch.full((WINDOW + 1,), math.nan, device=device)
-        self._recent = self._state[:WINDOW]
-        self._count = 0
+        self._recent = torch.full((WINDOW,), math.nan, device=device)
+        self.count = 0  # of the losses that the window has seen
         self._step: list[tuple[Tensor, Tensor, Tensor, tuple[str, ...]]] = []
 
-    def state(self) -> Tensor | None:
-        """The window and how many losses it has seen, always the same tensor; None where none are watched."""
-        if self._factor is None:
-            return None
-        self._state[WINDOW] = self._count
-        return self._state
+    @property
+    def window(self) -> Tensor | None:
+        """The losses that a spike is judged by, always the same tensor; None where none are watched for."""
+        return self._recent if self._factor is not None else None
 
-    def restore(self, state: Tensor) -> None:
-        """Go on with the window that `state` gave."""
-        self._state.copy_(state)
-        self._count = int(state[WINDOW])
+    def restore(self, window: Tensor, count: int) -> None:
+        """Go on with the window and the count of an earlier guard."""
+        self._recent.copy_(window)
+        self.count = count
 
     def begin(self) -> None:
         """A new optimizer step begins."""
@@ -62,11 +59,11 @@ class LossGuard:
         factor = seen * 0 + 1  # exactly 1, or NaN
         if self._factor is not None:
             median = self._recent.nanmedian()
-            if self._count >= FEWEST:
+            if self.count >= FEWEST:
                 factor = torch.where(seen > self._factor * median, math.nan, factor)
             # A spike must not raise the bar for the next one.
-            self._recent[self._count % WINDOW] = torch.where(factor.isfinite(), seen, median)
-            self._count += 1
+            self._recent[self.count % WINDOW] = torch.where(factor.isfinite(), seen, median)
+            self.count += 1
         self._step.append((seen, factor, losses.regression, keys))
         return loss * factor.to(loss.dtype)
 

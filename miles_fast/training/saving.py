@@ -90,7 +90,7 @@ class Saver:
 
     def _beside(self) -> dict[str, Tensor]:
         """What is copied beside the engine's state: the guard's window, and on rank 0 the average."""
-        losses = self._guard.state() if self._guard is not None else None
+        losses = self._guard.window if self._guard is not None else None
         average = self._snapshot.state_dict() if self._snapshot is not None and rank() == 0 else {}
         return ({} if losses is None else {"losses": losses}) | {f"|{n}": t for n, t in average.items()}
 
@@ -112,6 +112,7 @@ class Saver:
             "skipped_data": skipped_data,
             "ranks": world_size(),
             "clips_per_step": self._engine.train_batch_size(),
+            "losses_seen": self._guard.count if self._guard is not None else 0,
             "counters": counters(self._engine),
             "config": to_dict(self._config),
         }
@@ -125,11 +126,10 @@ class Saver:
 
     def _to_copy(self) -> dict[str, Tensor]:
         """The same dict again, until the optimizer keeps other tensors."""
-        beside = self._beside()
         states = inner_optimizer(self._engine).state.values()
         kept = [value for state in states for value in state.values() if torch.is_tensor(value)]
         if self._kept is None or len(kept) != len(self._kept) or any(map(operator.is_not, kept, self._kept)):
-            self._state = own_state(self._engine) | beside
+            self._state = own_state(self._engine) | self._beside()
             self._kept = kept
         return self._state
 
