@@ -7,6 +7,7 @@ knows nothing of ZeRO 0, and is made of pickles.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,12 +98,10 @@ def own_state(engine: Any) -> dict[str, Tensor]:
     """
     state = inner_optimizer(engine).state
     shared = not engine.zero_optimization_stage()
-    found, number = {}, 0
+    found, turns = {}, itertools.cycle(range(world_size()))
     for piece in pieces(engine):
-        if shared or not piece.trained:
-            number += 1
-            if number % world_size() != rank():
-                continue
+        if (shared or not piece.trained) and next(turns) != rank():
+            continue
         found[f"weight|{piece.start}|{piece.name}"] = piece.weight
         for kind, values in state.get(piece.flat, {}).items():
             if _is_moment(values, piece.flat):

@@ -231,12 +231,13 @@ def _train_from(t: Training, first_step: int) -> int | None:
             t.watchdog.started()
             t.log.advance()
             meter.stepped()
-            if engine.was_step_applied():
+            applied = engine.was_step_applied()
+            if snapshot is not None:
+                snapshot.follow(engine.module.model, step, moved=applied)
+            if applied:
                 t.left_out.applied()
                 update.after(step)
-            if snapshot is not None:
-                snapshot.follow(engine.module.model, step, moved=engine.was_step_applied())
-            if not engine.was_step_applied() and skipped(t, step, wanted):
+            elif skipped(t, step, wanted):
                 return roll_back(t, step)
             if logs:
                 update.verify()

@@ -379,11 +379,12 @@ def test_hugging_face_takes_captions_as_long_as_the_model_does(ours, tmp_path):
 def test_the_models_cards_example_runs_as_it_is_written(ours, tmp_path):
     folder, _ = write_pretrained(read_pretrained(ours), "hf", tmp_path / "hf")
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
-    frames = "import numpy as np; frames = [np.zeros((40, 56, 3), np.uint8)] * 2\n"
-    place = {**os.environ, "PYTHONPATH": str(Path(miles_fast.__file__).parents[1])}
-    shown = frames + code + "print(sorted(output))\n"
+    code = (
+        f"import numpy as np; frames = [np.zeros((40, 56, 3), np.uint8)] * 2\n{code}print(sorted(output))\n"
+    )
+    paths = {**os.environ, "PYTHONPATH": str(Path(miles_fast.__file__).parents[1])}
     run = subprocess.run(
-        [sys.executable, "-c", shown], cwd=folder, env=place, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", code], cwd=folder, env=paths, capture_output=True, text=True, timeout=200
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert "embeds" in run.stdout
