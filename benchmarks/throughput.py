@@ -274,7 +274,7 @@ def main() -> int:
         prepare_demo(Path(config.data.demo_corpus))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     # A run without it, which only a warning tells of, is slower by more than most of what is measured here.
-    quack = torch.cuda.is_available() and quack_for(torch.empty(0, device="cuda")) is not None
+    quack = torch.cuda.is_available() and quack_for(torch.device("cuda")) is not None
     head = {"machine": machine, "torch": torch.__version__, "batch": settings.batch, "quack": quack}
     head["config"] = deciding(config)  # for launch/plan.py, which compares it with what is planned
     products = ", products by quack" if quack else ""

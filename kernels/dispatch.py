@@ -62,9 +62,9 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
     )
 
 
-def has_quack(tensor: torch.Tensor) -> bool:
-    """Whether this is on a GPU that quack computes on, and quack is installed."""
-    return _QUACK and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+def has_quack(device: torch.device) -> bool:
+    """Whether this is a GPU that quack computes on, and quack is installed."""
+    return _QUACK and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache
@@ -77,9 +77,9 @@ def _quack_products() -> ModuleType | None:
     return quack_products
 
 
-def quack_for(tensor: torch.Tensor) -> ModuleType | None:
+def quack_for(device: torch.device) -> ModuleType | None:
     """kernels/quack_products.py where it can compute, else None: within an op: no compiler traces it."""
-    return _quack_products() if has_quack(tensor) else None
+    return _quack_products() if has_quack(device) else None
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:

@@ -32,12 +32,12 @@ def _takes_quack(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _fills(x: torch.Tensor) -> bool:
-    return has_quack(x) and math.prod(x.shape[:-1]) >= _LEAST_ROWS  # rows last: an export's vary
+    return has_quack(x.device) and math.prod(x.shape[:-1]) >= _LEAST_ROWS  # rows last: an export's vary
 
 
 def products_for(x_MK: torch.Tensor, N: int) -> ModuleType | None:
     """kernels/quack_products.py where it is for a product of x to (M, N), of halves or 8-bit floats."""
-    products = quack_for(x_MK) if _fills(x_MK) else None
+    products = quack_for(x_MK.device) if _fills(x_MK) else None
     whole = x_MK.shape[1] * x_MK.element_size() % 16 == 0
     return products if products and whole and N % products.PRODUCT_COLUMNS == 0 else None
 

@@ -169,7 +169,7 @@ def linear_gelu(x_MK, weight_DK, bias_D, keep):
     Only where `takes` says so. By quack on a Hopper GPU where it is installed, else by Triton.
     """
     bias_D = bias_D.to(x_MK.dtype)
-    if products := quack_for(x_MK):
+    if products := quack_for(x_MK.device):
         inputs = (for_bulk_copies(tensor) for tensor in (x_MK, weight_DK, bias_D))
         return products.linear_gelu(*inputs, keep)
     return _run(x_MK, weight_DK, bias_D, None, keep, _launch(len(weight_DK)))[:2]
@@ -194,7 +194,7 @@ def scaled_linear_gelu(x_MK, weight_DK, bias_D, x_scale_M, weight_scale_D, out_s
     `takes_scaled` says so. By quack on a Hopper GPU where it is installed, else by Triton.
     """
     scales = tuple(map(for_bulk_copies, (x_scale_M, weight_scale_D, out_scale_M)))
-    if products := quack_for(x_MK):
+    if products := quack_for(x_MK.device):
         inputs = map(for_bulk_copies, (x_MK, weight_DK, bias_D))
         return products.scaled_linear_gelu(*inputs, *scales, keep)
     return _run(x_MK, weight_DK, bias_D, scales, keep, LAUNCH_SCALED)

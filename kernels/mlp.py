@@ -46,7 +46,7 @@ def _product_slope(d_out_MK, second_KD, slope_MD):
     if not runs_triton(slope_MD):
         d_hidden_MD = (d_out_MK @ second_KD) * slope_MD
         return d_hidden_MD, d_hidden_MD.sum(0, dtype=torch.float32)
-    if takes(d_out_MK, second_KD.t()) and (products := quack_for(slope_MD)):
+    if takes(d_out_MK, second_KD.t()) and (products := quack_for(slope_MD.device)):
         return products.product_slope(*map(for_bulk_copies, (d_out_MK, second_KD, slope_MD)))
     return gelu_backward(d_out_MK @ second_KD, slope_MD, True)
 

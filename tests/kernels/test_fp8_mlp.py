@@ -11,7 +11,7 @@ from miles_fast.kernels.fp8_mlp import fp8_mlp, fp8_mlp_reference, hidden_scales
 from miles_fast.kernels.linear_gelu import scaled_linear_gelu, takes_scaled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-QUACK = quack_for(torch.empty(0, device=DEVICE))
+QUACK = quack_for(torch.device(DEVICE))
 HALF = torch.bfloat16
 FUSED = INTERPRETED or (DEVICE == "cuda" and torch.cuda.get_device_capability() >= (9, 0))
 needs_kernel = pytest.mark.skipif(not FUSED, reason="needs a Hopper GPU or Triton's interpreter")
