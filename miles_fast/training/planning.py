@@ -117,11 +117,15 @@ def state_bytes(sizes: Sizes, settings: EngineSettings, gpus: int) -> float:
     """Bytes of weights, gradients, optimizer and snapshot that one GPU of `gpus` holds."""
     shared = [1 if settings.stage < stage else gpus for stage in (1, 2, 3)]
     optimizer, gradients, weights = (sizes.trained / parts for parts in shared)
+    if settings.stage == 3:  # beside its share those that are gathered; the default is DeepSpeed's
+        live = settings.tree["zero_optimization"].get("stage3_max_live_parameters", 10**9)
+        weights += min(live, sizes.trained)
     if not settings.bf16:
         master = 4 * optimizer if settings.stage else 0
         return 4 * weights + 4 * gradients + master + 8 * optimizer + 4 * sizes.snapshot
     kept = 6 if _sums_float32(settings) else 2  # beside bf16 gradients their float32 sum
-    return 2 * weights + kept * gradients + 12 * optimizer + 6 * sizes.snapshot
+    average = sizes.snapshot / shared[2]
+    return 2 * weights + kept * gradients + 12 * optimizer + 2 * sizes.snapshot + 4 * average
 
 
 def sent_bytes(config: Config, sizes: Sizes, settings: EngineSettings, gpus: int) -> tuple[float, float]:
@@ -132,7 +136,8 @@ def sent_bytes(config: Config, sizes: Sizes, settings: EngineSettings, gpus: int
     micro = settings.accumulation
     times = {0: 2, 1: 3, 2: micro + 1, 3: 3 * micro}[settings.stage]
     state = times * width * sizes.trained
-    follow = width * sizes.snapshot if settings.stage == 3 else 0
+    # The student's video encoder is gathered; in bf16 the new average is then sent, too.
+    follow = 4 * sizes.snapshot if settings.stage == 3 else 0
     return part * state, part * (3 * _rows_bytes(config, settings, gpus) * micro + follow)
 
 

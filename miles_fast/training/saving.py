@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from miles_fast.config import Config
@@ -89,9 +89,10 @@ class Saver:
         return 3 * weights + sum(tensor.numel() for tensor in self._beside().values())
 
     def _beside(self) -> dict[str, Tensor]:
-        """What is copied beside the engine's state: the guard's window, and on rank 0 the average."""
+        """What is copied beside the engine's state: the guard's window, and of the average a rank's own."""
         losses = self._guard.window if self._guard is not None else None
-        average = self._snapshot.state_dict() if self._snapshot is not None and rank() == 0 else {}
+        held = self._snapshot is not None and (self._snapshot.sharded or rank() == 0)
+        average = self._snapshot.state_dict() if held else {}
         return ({} if losses is None else {"losses": losses}) | {f"|{n}": t for n, t in average.items()}
 
     def newest(self) -> Path | None:
@@ -205,7 +206,9 @@ class Saver:
         average = {key[1:]: tensor for key, tensor in own.items() if key.startswith("|")}
         own = {key: tensor for key, tensor in own.items() if not key.startswith("|")}
         written = {f"rank-{rank():05d}.safetensors": own | random}
-        if average:
+        if average and self._snapshot.sharded:
+            save_file(average, self._partial / f".snapshot-{rank():05d}.safetensors")
+        elif average:
             written["snapshot.safetensors"] = average
         files = {}
         for file, tensors in written.items():
@@ -229,6 +232,13 @@ class Saver:
                 time.sleep(_POLL_SECONDS)
             files |= json.loads(self._record(number).read_text())
             self._record(number).unlink()
+        if parts := sorted(self._partial.glob(".snapshot-*")):
+            whole = self._partial / "snapshot.safetensors"
+            save_file({name: t for part in parts for name, t in load_file(part).items()}, whole)
+            flush_to_disk(whole)
+            files[whole.name] = digest(whole)
+            for part in parts:
+                part.unlink()
         model = self._engine.module.model
         write_model(
             self._partial / "student",

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from miles_fast.export.run import export_run
+from miles_fast.training.checkpoint import find_checkpoint
 from miles_fast.training.progress import read_log
 from miles_fast.training.signals import STOPPED
 
@@ -79,6 +80,25 @@ def test_a_run_goes_on_with_other_ranks_and_stages(start, tmp_path, finding):
     assert seen == keys_of(reference, 1)
     assert_same(folder, reference, 6)
     finding("F3", "2 -> 1 -> 2 ranks, ZeRO 2 -> 0 -> 3: same samples, none lost or repeated, same losses")
+
+
+def test_ranks_that_share_the_snapshots_average_save_it_whole(start, tmp_path):
+    """At ZeRO 3 in bf16: 4 = 2 + 2 steps bit for bit, whose average one rank of ZeRO 1 goes on with."""
+    keys = ("--steps", "4", "--run-keys", '{"save_every": 2}', "--ds-keys", '{"bf16": {"enabled": true}}')
+    averages = []
+    for folder, ranks, stage, more in (
+        ("whole", 2, 3, ()),
+        ("parted", 2, 3, ("--fault", "term:1:0")),
+        ("parted", 2, 3, ("--resume", "auto")),
+        ("alone", 1, 1, ("--resume", str(tmp_path / "whole" / "checkpoints" / "step-00000002"))),
+    ):
+        run = start(tmp_path / folder, ranks, *keys, "--stage", str(stage), *more)
+        assert run.wait() == [STOPPED if "--fault" in more else 0] * ranks, run.errors
+        newest = find_checkpoint(tmp_path / folder, "auto")
+        averages.append((newest / "snapshot.safetensors").read_bytes())
+        assert not [path for path in newest.rglob("*") if path.name.startswith(".")]
+    assert averages[0] == averages[2] != averages[1]
+    np.testing.assert_allclose(losses(tmp_path / "alone"), losses(tmp_path / "whole")[2:], rtol=0.02)
 
 
 def test_a_run_with_frozen_weights_is_saved_by_two_ranks_and_goes_on_with_one(start, tmp_path):

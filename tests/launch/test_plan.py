@@ -46,13 +46,16 @@ def test_memory_and_traffic_by_hand(tmp_path):
     config, sizes = tiny_config(tmp_path), Sizes(trained=1000, snapshot=100)
     bytes_of = {stage: state_bytes(sizes, settings_of(config, stage), 4) for stage in (1, 3)}
     assert bytes_of[1] == 1000 * (2 + 6) + 12 * 1000 / 4 + 600
-    assert bytes_of[3] == 1000 * (2 + 2 + 12) / 4 + 600
+    assert bytes_of[3] == 1000 * (2 + 2 + 12) / 4 + 2 * 1000 + 200 + 400 / 4  # all that is gathered stays
+    limited = settings_of(config, 3)
+    limited.tree["zero_optimization"]["stage3_max_live_parameters"] = 300
+    assert state_bytes(sizes, limited, 4) == bytes_of[3] - 2 * 700
     assert state_bytes(sizes, settings_of(config, 2, "bf16"), 4) == 1000 * (2 + 2 / 4 + 12 / 4) + 600
     exchanged, contrast = sent_bytes(config, sizes, settings_of(config, 1), 4)
     assert exchanged == 0.75 * 1000 * (4 + 2)
     assert contrast == 0.75 * 3 * (4 * 64 * 2 * 16 * 4)
     rest = sent_bytes(config, sizes, settings_of(config, 3), 4)[1]
-    assert rest == contrast + 0.75 * 100 * 2  # the student's bf16 weights, for the snapshot
+    assert rest == contrast + 0.75 * 100 * (2 + 2)  # the student's bf16 weights, and the new average in bf16
     assert sent_bytes(config, sizes, settings_of(config, 3, accumulation=2), 2)[0] == 0.5 * 1000 * 6 * 2
     assert sent_bytes(config, sizes, settings_of(config, 1), 1) == (0, 0)
 

@@ -6,6 +6,7 @@ usage: ranks.py ROOT OUTPUT BATCH_PER_RANK RUNS   (RUNS like 0,1,2x2: ZeRO stage
 import contextlib
 import faulthandler
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -75,6 +76,16 @@ def milliseconds_beside_gather() -> list[float]:
     return [begin.elapsed_time(middle), begin.elapsed_time(end)]
 
 
+def processes_on(device: torch.device) -> list[int]:
+    """Ids of those that hold a context on this GPU; NVML must be there."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    uuid = torch.cuda.get_device_properties(device).uuid
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    return [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+
+
 def bf16_run(root: Path, device: torch.device, *, flat: bool) -> dict:
     """Norms and weights of a small net under BF16_Optimizer, its gradient flat or DeepSpeed's own way."""
     tree = ds_tree(stage=1, batch=2, bf16=True) | {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -95,12 +106,49 @@ def bf16_run(root: Path, device: torch.device, *, flat: bool) -> dict:
     return {"norms": norms, "weights": weights}
 
 
+def follow_in_parts(root: Path, device: torch.device) -> dict:
+    """What a rank holds of a bf16 snapshot's average; are it and what computes those of a whole one?"""
+    config = tiny_config(root)
+    torch.manual_seed(0)
+    vocabulary = len(load_tokenizer(config.model.text.tokenizer_source))
+    student = build_dual_encoder(config.model, vocabulary).to(device)
+    method = replace(config.method.snapshot, momentum=0.9)
+    whole, parts = (
+        Snapshot(
+            *(student, method, config.method.regression),
+            **{"total_steps": 4, "dtype": torch.bfloat16, "device": device, "sharded": sharded},
+        )
+        for sharded in (False, True)
+    )
+
+    def same() -> bool:
+        held, used = whole.state_dict(), dict(parts.video_model.named_parameters())
+        averages = all(torch.equal(tensor, held[name]) for name, tensor in parts.state_dict().items())
+        return averages and all(torch.equal(p, used[n]) for n, p in whole.video_model.named_parameters())
+
+    draw, found = torch.Generator().manual_seed(1), [same()]
+    for step in range(1, 4):
+        with torch.no_grad():
+            for weight in student.parameters():
+                weight.add_(torch.randn(weight.shape, generator=draw).to(device))
+        for snapshot in (whole, parts):
+            snapshot.follow(student, step)
+        found.append(same())
+    state = {name: 2 * tensor for name, tensor in whole.state_dict().items()}
+    for snapshot in (whole, parts):
+        snapshot.load_state_dict(state)
+    return {"held": list(parts.state_dict()), "all": list(state), "same": [*found, same()]}
+
+
 def run_stage(root: Path, stage: int, accumulation: int, batch: int, device: torch.device) -> dict:
     # Without dropout, and with the joined batch's masks dealt out, every number of ranks computes the same.
     config = tiny_config(root, method={"snapshot": {"momentum": 0.9}})
     config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
     tree, steps = ds_tree(stage, batch, accumulation), 4
     tree["zero_optimization"]["reduce_bucket_size"] = 10**6  # DeepSpeed's default takes GiBs a run
+    if accumulation > 1:  # ZeRO 3 deals out the smallest weight, and lets go of it behind its layer
+        names = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        tree["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
     settings = check_ds_config(tree, "ds", config, cuda=device.type == "cuda", ranks=world_size())
     torch.manual_seed(0)
     tokenizer = load_tokenizer(config.model.text.tokenizer_source)
@@ -158,12 +206,14 @@ def main() -> None:
         "contrastive gradient": contrastive_gradient(batch, device),
         "bf16 flat": bf16_run(root, device, flat=True),
         "bf16": bf16_run(root, device, flat=False),
+        "snapshot in parts": follow_in_parts(root, device),
     }
     for run in runs:
         stage, _, accumulation = run.partition("x")
         results[run] = run_stage(root, int(stage), int(accumulation or 1), batch, device)
     if device.type == "cuda":
         results["beside gather"] = milliseconds_beside_gather()
+        results["process"], results["processes"] = os.getpid(), processes_on(device)
     (output / f"rank{rank()}.json").write_text(json.dumps(results))
     barrier()
     torch.distributed.destroy_process_group()

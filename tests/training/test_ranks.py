@@ -1,5 +1,6 @@
 """Two ranks against one on the joined batch; ZeRO 0 to 3 against each other: gloo, and NCCL on two GPUs."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def test_the_gpu_computes_while_rows_of_other_ranks_travel(results):
         assert 0 < 3 * other < gathered
 
 
+@pytest.mark.gpu
+@pytest.mark.multigpu
+@pytest.mark.parametrize("results", ["cuda"], indirect=True)
+def test_a_rank_holds_memory_of_its_own_gpu_alone(results):
+    for found, other in itertools.permutations(results[2]):
+        assert found["process"] in found["processes"] and other["process"] not in found["processes"]
+
+
 @pytest.mark.parametrize("run,same", [("1", "1"), ("3x2", "1x2")])
 def test_two_ranks_equal_one_on_the_joined_batch(results, run, same):
     one, two = results[1][0][same], [r[run] for r in results[2]]
@@ -78,6 +87,16 @@ def test_bf16_gradients_are_summed_flat_as_deepspeed_sums_them_one_by_one(result
             np.testing.assert_allclose(flat["weights"][name], weight, rtol=1e-5, atol=1e-8)
     alone, joined = results[1][0]["bf16 flat"], results[2][0]["bf16 flat"]
     assert joined["norms"][0] != alone["norms"][0]  # the other rank's clips count
+
+
+def test_ranks_that_share_the_snapshots_average_follow_as_one_that_holds_it_whole(results):
+    one, two = ([r["snapshot in parts"] for r in results[ranks]] for ranks in (1, 2))
+    for found in one + two:
+        assert found["same"] == [True] * 5
+    assert one[0]["held"] == one[0]["all"]
+    first, second = (found["held"] for found in two)
+    assert first and second and not set(first) & set(second)
+    assert sorted(first + second) == sorted(one[0]["all"])
 
 
 def test_ranks_agree(results):
