@@ -16,9 +16,10 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
 LAUNCH = BENCHMARKS.parent / "launch"
@@ -26,11 +27,15 @@ LAUNCH = BENCHMARKS.parent / "launch"
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Arguments of throughput.py, clips on each GPU, ZeRO stage, config; `prefix` is what starts Python."""
+    """Arguments of throughput.py, clips on each GPU, ZeRO stage, config; `prefix` is what starts Python.
+
+    `zero` is more of DeepSpeed's zero_optimization.
+    """
 
     arguments: str
     clips: int
     stage: int = 1
+    zero: Mapping[str, Any] = field(default_factory=dict)
     config: str = "stage2"
     prefix: tuple[str, ...] = ()
 
@@ -44,6 +49,7 @@ _VIEWS = {  # name -> (clips, what view A of four frames is changed by)
     "d-full-160": (160, f"{_D} method.contrast.clip=full"),
     "one-frame-768": (768, "data.frames_per_clip=1"),
 }
+_FEW_LIVE = {"stage3_max_live_parameters": 10**8, "stage3_max_reuse_distance": 10**8}
 FIGURES = {
     "step-a-128": Figure(clips=128, arguments="step --fp8 --batches 25"),
     "step-a-64": Figure(clips=64, arguments="step --batches 12"),
@@ -79,13 +85,14 @@ FIGURES = {
         name: Figure(
             clips=clips,
             stage=stage,
+            zero=zero,
             config="vit_h",
             arguments="scaling --gpus 2 --batches 6 model.video.weights=null",
         )
-        for name, clips, stage in (
-            ("vit-h-zero3", 34, 3),
-            ("vit-h-36-zero3", 36, 3),
-            ("vit-h-36-zero1", 36, 1),  # they do not fit: the report says so
+        for name, clips, stage, zero in (
+            ("vit-h-zero3", 34, 3, {}),
+            ("vit-h-36-zero3", 36, 3, _FEW_LIVE),
+            ("vit-h-36-zero1", 36, 1, {}),  # they do not fit: the report says so
         )
     },
 }
@@ -103,8 +110,9 @@ def command(figure: Figure, ds_config: Path, keys: Sequence[str]) -> list[str]:
 
 
 def write_ds_config(figure: Figure, path: Path) -> None:
-    """launch/ds's of its stage, with its clips."""
+    """launch/ds's of its stage, with its clips and keys."""
     tree = json.loads((LAUNCH / "ds" / f"zero{figure.stage}.json").read_text())
+    tree["zero_optimization"] |= figure.zero
     path.write_text(json.dumps(tree | {"train_micro_batch_size_per_gpu": figure.clips}))
 
 
@@ -142,10 +150,9 @@ def main() -> int:
         raise SystemExit(f"no figure is called {', '.join(unknown)}; there are {', '.join(FIGURES)}")
     if not names:
         for name, figure in FIGURES.items():
-            shown = shlex.join(
-                command(figure, Path(f"zero{figure.stage}.json with {figure.clips} clips"), [])
-            )
-            print(f"{name}: {shown}")
+            keys = "".join(f", {key} {value}" for key, value in figure.zero.items())
+            ds_config = Path(f"zero{figure.stage}.json with {figure.clips} clips{keys}")
+            print(f"{name}: {shlex.join(command(figure, ds_config, []))}")
         return 0
     if not options.shards:
         raise SystemExit("--shards names the frame shards to measure on (launch/prepare.py makes them)")

@@ -45,6 +45,7 @@ def test_each_command_is_one_that_throughput_takes(figures, tmp_path):
         config = load_config(options.config, options.overrides)
         settings = read_ds_config(options.ds_config, config, cuda=True, ranks=1)
         assert (settings.batch, settings.stage) == (figure.clips, figure.stage), name
+        assert settings.tree["zero_optimization"].items() >= figure.zero.items()
         assert config.data.train[0].shards == ["a.tar"] and config.run.init_from is None
         assert config.model.text.tokenizer == "words" and config.model.video.weights is None
 
@@ -101,4 +102,4 @@ def test_lists_every_name_with_its_command(figures, monkeypatch, capsys):
     assert figures.main() == 0
     printed = capsys.readouterr().out
     assert all(f"\n{name}: " in f"\n{printed}" for name in figures.FIGURES)
-    assert "method.view=B" in printed
+    assert "method.view=B" in printed and "36 clips, stage3_max_live_parameters 100000000" in printed
