@@ -235,7 +235,7 @@ def _in_background(make: Generator[Batch, None, None], depth: int) -> Generator[
     def work() -> None:
         try:
             if stream is not None:
-                # A thread begins on GPU 0, where whatever pins memory would make every rank a context.
+                # A thread begins on GPU 0, where the decoding would give every other rank a context, too.
                 torch.cuda.set_device(stream.device)
             with contextlib.closing(make):
                 for item in make:

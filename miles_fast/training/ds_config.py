@@ -40,6 +40,11 @@ class EngineSettings:
         """What the student's weights are held in."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
+    @property
+    def live_parameters(self) -> int:
+        """Weights that ZeRO 3 keeps gathered at most, beside a rank's own."""
+        return int(self.tree["zero_optimization"].get("stage3_max_live_parameters", 10**9))  # DeepSpeed's
+
 
 def read_ds_config(path: str | Path, config: Config, *, cuda: bool, ranks: int) -> EngineSettings:
     """Read DeepSpeed's json; `auto` is filled for bf16.enabled (on a GPU) and the schedule's total_num_steps.

@@ -23,6 +23,8 @@ _SAID = re.compile(
     r"|CUDA allocation failed|device allocator failed|Can't allocate \d+ bytes on device"
 )
 
+_FEW_LIVE = 10**8  # gathered weights: four layers of a ViT-H
+
 
 class OutOfMemory(ValueError):
     """A device's memory did not suffice; the message says what took it and which setting to lower."""
@@ -74,13 +76,20 @@ def memory_report(
         rows["reserved by torch"] = stats["reserved_bytes.all.current"]
         rows["on the device"] = torch.cuda.get_device_properties(device).total_memory
     table = "\n".join(f"  {name:<40}{size / 2**30:>9.2f} GiB" for name, size in rows.items())
-    half = max(settings.batch // 2, 1)
-    advice = [
-        f"train_micro_batch_size_per_gpu {settings.batch} -> {half} with gradient_accumulation_steps "
-        f"{settings.accumulation} -> {settings.accumulation * 2} in DeepSpeed's json"
-    ]
+    advice = []
+    if settings.batch > 1:
+        advice.append(
+            f"train_micro_batch_size_per_gpu {settings.batch} -> {settings.batch // 2} with "
+            f"gradient_accumulation_steps {settings.accumulation} -> {settings.accumulation * 2} in "
+            "DeepSpeed's json"
+        )
     if settings.stage < 3:
         advice.append(f"zero_optimization.stage {settings.stage} -> {settings.stage + 1} (with several GPUs)")
+    elif settings.live_parameters > _FEW_LIVE:
+        advice.append(
+            f"zero_optimization.stage3_max_live_parameters {settings.live_parameters} -> {_FEW_LIVE}, and as "
+            "much for stage3_max_reuse_distance (weights are gathered again for backward, which takes time)"
+        )
     advice.append("run.activation_memory_budget, with run.compile: true (0.3, say: recomputes the rest)")
     advice.append("data.frames_per_clip, or method.view = D, which drops the masked patches")
     cause = textwrap.shorten(str(error), 300)

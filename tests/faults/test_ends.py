@@ -13,7 +13,7 @@ from tiny import ds_tree, tiny_config
 from miles_fast.training import checkpoint, loop
 from miles_fast.training.checkpoint import find_checkpoint
 from miles_fast.training.ds_config import check_ds_config
-from miles_fast.training.memory_report import OutOfMemory
+from miles_fast.training.memory_report import OutOfMemory, memory_report
 from miles_fast.training.progress import StepLog, read_log
 from miles_fast.training.signals import HUNG, STOPPED, exit_with_status
 
@@ -153,6 +153,21 @@ def test_memory_that_does_not_suffice_is_reported(root, tmp_path, monkeypatch, f
     assert "train_micro_batch_size_per_gpu 4 -> 2 with gradient_accumulation_steps 1 -> 2" in text
     assert "zero_optimization.stage 1 -> 2" in text
     finding("F9", "out of memory: a table by use and the settings to lower, in order")
+
+
+def test_what_is_to_be_lowered_can_be(root):
+    """A batch of one clip cannot, ZeRO 3 has no next stage; 1e9 is DeepSpeed's default."""
+
+    def advice(**keys):
+        tree = ds_tree(stage=3, batch=1)
+        tree["zero_optimization"] |= keys
+        settings = check_ds_config(tree, "ds", tiny_config(root), cuda=False, ranks=2)
+        report = memory_report(MemoryError("full"), None, None, None, settings, torch.device("cpu"))
+        return report.partition("Lower, in this order:\n")[2].splitlines()
+
+    first, *rest = advice()
+    assert "stage3_max_live_parameters 1000000000 -> 100000000" in first
+    assert rest == advice(stage3_max_live_parameters=1e8) and "activation_memory_budget" in rest[0]
 
 
 @pytest.mark.gpu
