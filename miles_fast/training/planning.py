@@ -117,7 +117,7 @@ def state_bytes(sizes: Sizes, settings: EngineSettings, gpus: int) -> float:
     """Bytes of weights, gradients, optimizer and snapshot that one GPU of `gpus` holds."""
     shared = [1 if settings.stage < stage else gpus for stage in (1, 2, 3)]
     optimizer, gradients, weights = (sizes.trained / parts for parts in shared)
-    if settings.stage == 3:  # beside its share those that are gathered
+    if settings.stage == 3 and gpus > 1:  # beside its share those that are gathered
         weights += min(settings.live_parameters, sizes.trained)
     if not settings.bf16:
         master = 4 * optimizer if settings.stage else 0

@@ -28,9 +28,11 @@ def test_the_plan_knows_them(name, stage, tower):
     assert sizes.trained - sizes.snapshot == pytest.approx(66.6e6, rel=5e-3)  # DistilBERT and its projection
     measured = Measured(clips_per_second=100.0, step_seconds=0.64, memory_gib=70.0)
     one, many = (plan(config, settings, sizes, measured, Links(), gpus) for gpus in (1, 64))
-    # What 64 GPUs share: optimizer and gradients, and at ZeRO 3 the weights.
-    shared = 12 + 2 + (2 if stage == 3 else 0)
-    saved = shared * sizes.trained * 63 / 64 / 2**30
+    # What 64 GPUs share: optimizer, gradients; at ZeRO 3 the average, and the weights but for those gathered.
+    saved = (12 + 2) * sizes.trained * 63 / 64
+    if stage == 3:
+        saved += (2 * sizes.trained + 4 * sizes.snapshot) * 63 / 64 - 2 * sizes.trained
+    saved /= 2**30
     assert one.state_gib - many.state_gib == pytest.approx(saved)
     # Of the contrast, the other ranks' rows and their gradient.
     rows = 2 * 63 * settings.batch * 2 * config.model.embedding * 4 / 2**30
