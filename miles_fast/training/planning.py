@@ -121,7 +121,8 @@ def state_bytes(sizes: Sizes, settings: EngineSettings, gpus: int) -> float:
         weights += min(settings.live_parameters, sizes.trained)
     if not settings.bf16:
         master = 4 * optimizer if settings.stage else 0
-        return 4 * weights + 4 * gradients + master + 8 * optimizer + 4 * sizes.snapshot
+        average = sizes.snapshot / shared[2] if settings.stage == 3 else 0  # elsewhere it is what computes
+        return 4 * weights + 4 * gradients + master + 8 * optimizer + 4 * sizes.snapshot + 4 * average
     kept = 6 if _sums_float32(settings) else 2  # beside bf16 gradients their float32 sum
     average = sizes.snapshot / shared[2]
     return 2 * weights + kept * gradients + 12 * optimizer + 2 * sizes.snapshot + 4 * average
@@ -135,8 +136,7 @@ def sent_bytes(config: Config, sizes: Sizes, settings: EngineSettings, gpus: int
     micro = settings.accumulation
     times = {0: 2, 1: 3, 2: micro + 1, 3: 3 * micro}[settings.stage]
     state = times * width * sizes.trained
-    # The student's video encoder is gathered; in bf16 the new average is then sent, too.
-    follow = 4 * sizes.snapshot if settings.stage == 3 else 0
+    follow = width * sizes.snapshot if settings.stage == 3 else 0
     return part * state, part * (3 * _rows_bytes(config, settings, gpus) * micro + follow)
 
 

@@ -91,7 +91,7 @@ class Saver:
     def _beside(self) -> dict[str, Tensor]:
         """What is copied beside the engine's state: the guard's window, and of the average a rank's own."""
         losses = self._guard.window if self._guard is not None else None
-        held = self._snapshot is not None and (self._snapshot.sharded or rank() == 0)
+        held = self._snapshot is not None and (self._snapshot.shared or rank() == 0)
         average = self._snapshot.state_dict() if held else {}
         return ({} if losses is None else {"losses": losses}) | {f"|{n}": t for n, t in average.items()}
 
@@ -206,8 +206,8 @@ class Saver:
         average = {key[1:]: tensor for key, tensor in own.items() if key.startswith("|")}
         own = {key: tensor for key, tensor in own.items() if not key.startswith("|")}
         written = {f"rank-{rank():05d}.safetensors": own | random}
-        if average and self._snapshot.sharded:
-            save_file(average, self._partial / f".snapshot-{rank():05d}.safetensors")
+        if self._snapshot is not None and self._snapshot.shared:
+            save_file(average, self._average_of(rank()))
         elif average:
             written["snapshot.safetensors"] = average
         files = {}
@@ -222,6 +222,9 @@ class Saver:
     def _record(self, number: int) -> Path:
         return self._partial / f".rank-{number:05d}.json"
 
+    def _average_of(self, number: int) -> Path:
+        return self._partial / f".snapshot-{number:05d}.safetensors"
+
     def _complete(self, name: str, state: dict[str, Any]) -> None:
         files: dict[str, dict[str, int | str]] = {}
         since = time.monotonic()
@@ -232,11 +235,12 @@ class Saver:
                 time.sleep(_POLL_SECONDS)
             files |= json.loads(self._record(number).read_text())
             self._record(number).unlink()
-        if parts := sorted(self._partial.glob(".snapshot-*")):
-            whole = self._partial / "snapshot.safetensors"
-            save_file({name: t for part in parts for name, t in load_file(part).items()}, whole)
-            flush_to_disk(whole)
-            files[whole.name] = digest(whole)
+        if self._snapshot is not None and self._snapshot.shared:
+            path = self._partial / "snapshot.safetensors"
+            parts = [self._average_of(number) for number in range(world_size())]
+            save_file(_joined(parts, self._snapshot.shapes), path)
+            flush_to_disk(path)
+            files[path.name] = digest(path)
             for part in parts:
                 part.unlink()
         model = self._engine.module.model
@@ -270,6 +274,15 @@ class Saver:
         for path in complete_checkpoints(self.folder)[:-kept]:
             if not milestone or int(path.name.removeprefix("step-")) % milestone:
                 shutil.rmtree(path)
+
+
+def _joined(files: list[Path], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Whole tensors of what the ranks hold of each, flattened, in their order; the last may hold none."""
+    parts = [load_file(file) for file in files]
+    return {
+        name: torch.cat([part[name] for part in parts if name in part]).view(shape)
+        for name, shape in shapes.items()
+    }
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from miles_fast.config import RegressionConfig, SnapshotConfig
-from miles_fast.distributed import rank, world_size
 from miles_fast.models.dual_encoder import DualEncoder
+from miles_fast.training.averages import SharedAverage, WholeAverage
 
 
 class Snapshot:
@@ -20,8 +18,7 @@ class Snapshot:
 
     Made from the student before DeepSpeed partitions it. `dtype` is what the encoder computes in; the average
     stays float32, since at a momentum of 0.9995 one step moves a weight by less than half of bf16's spacing.
-    Every rank holds all of both, or with `sharded` its own parts of an average that is not what computes: it
-    sends them to the others in `dtype`, and all ranks must call `follow`.
+    `shared`: the student becomes one of ZeRO 3, whose ranks share the average out as they do the student.
     """
 
     def __init__(
@@ -33,25 +30,15 @@ class Snapshot:
         total_steps: int,
         dtype: torch.dtype,
         device: torch.device,
-        sharded: bool = False,
+        shared: bool = False,
     ) -> None:
         self.config, self.regression, self.total_steps = config, regression, total_steps
+        self.shared = shared
         parts = nn.ModuleDict({"video_model": student.video_model, "vid_proj": student.vid_proj})
         self._modules = copy.deepcopy(parts).requires_grad_(False).eval().to(device=device, dtype=dtype)
-        self._names = [name for name, _ in parts.named_parameters()]
-        self._used = list(self._modules.parameters())
-        self._average: list[Tensor | None] = list(self._used)
-        self._wide: list[Tensor] = []
-        self.sharded = sharded and dtype != torch.float32 and world_size() > 1
-        self._sent: list[Tensor] = []
-        if dtype != torch.float32:
-            weights, places = list(parts.parameters()), _parts(len(self._used))
-            self._wide = _in_one_buffer(weights, places, device)
-            for number, place in enumerate(places):
-                own = [p.detach().float().to(device, copy=True) for p in weights[place]]
-                self._average[place] = own if self._holds(number) else [None] * len(own)
-            if self.sharded:
-                self._sent = [_joined(self._used[place]) for place in places]
+        self.shapes = {name: p.shape for name, p in parts.named_parameters()}
+        kind = SharedAverage if shared else WholeAverage
+        self._average = kind(list(parts.parameters()), list(self._modules.parameters()))
         self._student: DualEncoder | None = None
         self._followed: list[nn.Parameter] = []
 
@@ -76,85 +63,27 @@ class Snapshot:
         """Move towards the student after optimizer step `step` (1-based), as `config.update` says.
 
         Where a skipped step has not `moved` the student there is nothing to average; a copy that is due is
-        one of the student as it was, and is not put off by a whole period.
+        one of the student as it was, and is not put off by a whole period. All ranks must call it.
         """
         if self.config.update == "frozen" or not (moved or self.config.update == "copy"):
             return
         if self.config.update == "copy" and step % self.config.every:
             return
-        weight = 1.0 if self.config.update == "copy" else 1 - self.momentum(step)
+        share = 1.0 if self.config.update == "copy" else 1 - self.momentum(step)
         # Looking for them takes the host milliseconds, for which a GPU waits.
         if student is not self._student:
             parts = nn.ModuleDict({"video_model": student.video_model, "vid_proj": student.vid_proj})
             self._student, self._followed = student, list(parts.parameters())
-            assert len(self._followed) == len(self._average)
-        for number, (place, parameters) in enumerate(gathered_parts(self._followed)):
-            average, wide = self._average[place], self._wide[place]
-            if self._holds(number):
-                if wide:
-                    torch._foreach_copy_(wide, parameters)
-                torch._foreach_lerp_(average, wide or parameters, weight)
-                if wide:
-                    torch._foreach_copy_(self._used[place], average)
-            if self.sharded:
-                torch.distributed.broadcast(self._sent[number], number % world_size())
-
-    def _holds(self, number: int) -> bool:
-        return not self.sharded or number % world_size() == rank()
+            assert len(self._followed) == len(self.shapes)
+        self._average.follow(self._followed, share)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The float32 average by parameter name: what this rank holds of it."""
-        held = zip(self._names, self._average, strict=True)
-        return {name: tensor.detach() for name, tensor in held if tensor is not None}
+        """The float32 average by parameter name; a shared one's is the rank's elements of the flattened."""
+        return {n: t.detach() for n, t in zip(self.shapes, self._average.tensors, strict=True) if t.numel()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore an average. Raises ValueError when names differ."""
-        if set(state) != set(self._names):
-            raise ValueError(f"snapshot has other weights: {sorted(set(state) ^ set(self._names))[:5]}")
-        for name, average, used in zip(self._names, self._average, self._used, strict=True):
-            used.copy_(state[name])
-            if average is not None:
-                average.copy_(state[name])
-
-
-def _in_one_buffer(weights: list[nn.Parameter], places: list[slice], device: torch.device) -> list[Tensor]:
-    """Room in float32 for one part of `gathered_parts` at a time, in the weights' shapes."""
-    parts = [[weight.numel() for weight in weights[place]] for place in places]
-    buffer = torch.empty(max(map(sum, parts)), dtype=torch.float32, device=device)
-    pieces = [piece for sizes in parts for piece in buffer[: sum(sizes)].split(sizes)]
-    return [piece.view_as(weight) for piece, weight in zip(pieces, weights, strict=True)]
-
-
-def _joined(parameters: list[nn.Parameter]) -> Tensor:
-    """One tensor that these become views of."""
-    joined = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, piece in zip(parameters, joined.split(sizes), strict=True):
-        parameter.data = piece.view_as(parameter)
-    return joined
-
-
-def _parts(count: int) -> list[slice]:
-    """About twelve parts, as many for each rank."""
-    number = math.ceil(12 / world_size()) * world_size()
-    size = max(1, math.ceil(count / number))
-    return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def gathered_parts(parameters: list[nn.Parameter]) -> Iterator[tuple[slice, list[nn.Parameter]]]:
-    """A part of the parameters at a time, and where it lies; whole even under ZeRO-3.
-
-    All ranks must call it.
-    """
-    for place in _parts(len(parameters)):
-        part = parameters[place]
-        partitioned = any(hasattr(p, "ds_id") for p in part)
-        with _gather(part) if partitioned else contextlib.nullcontext():
-            yield place, part
-
-
-def _gather(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
+        """Restore a whole average, on every rank. Raises ValueError when names differ."""
+        if set(state) != set(self.shapes):
+            raise ValueError(f"snapshot has other weights: {sorted(set(state) ^ set(self.shapes))[:5]}")
+        self._average.load([state[name] for name in self.shapes])

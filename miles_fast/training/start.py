@@ -128,7 +128,7 @@ def build_models(
             total_steps=config.run.steps,
             dtype=settings.dtype,
             device=device,
-            sharded=settings.stage == 3,
+            shared=settings.stage == 3,
         )
     if config.run.compile:
         compile_passes(objective, snapshot, config.run.activation_memory_budget)

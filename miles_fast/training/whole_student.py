@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from miles_fast.models.dual_encoder import DualEncoder
-from miles_fast.training.snapshot import gathered_parts
+from miles_fast.training.averages import twelfths
 
 
 class WholeStudent:
@@ -34,7 +35,16 @@ class WholeStudent:
             return self._student
         whole = copy.deepcopy(self._empty)
         names, weights = zip(*self._student.named_parameters(), strict=True)
-        found = (p.detach().clone() for _, part in gathered_parts(list(weights)) for p in part)
+        found = (p.detach().clone() for part in _gathered(list(weights)) for p in part)
         state = dict(zip(names, found, strict=True)) | dict(self._student.named_buffers())
         whole.load_state_dict({name: state[name] for name in whole.state_dict()}, assign=True)
         return whole.to(next(iter(state.values())).device)
+
+
+def _gathered(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Those of ZeRO 3, some at a time whole."""
+    import deepspeed
+
+    for place in twelfths(len(weights)):
+        with deepspeed.zero.GatheredParameters(weights[place]):
+            yield weights[place]

@@ -55,7 +55,7 @@ def test_memory_and_traffic_by_hand(tmp_path):
     assert exchanged == 0.75 * 1000 * (4 + 2)
     assert contrast == 0.75 * 3 * (4 * 64 * 2 * 16 * 4)
     rest = sent_bytes(config, sizes, settings_of(config, 3), 4)[1]
-    assert rest == contrast + 0.75 * 100 * (2 + 2)  # the student's bf16 weights, and the new average in bf16
+    assert rest == contrast + 0.75 * 100 * 2  # what the snapshot computes with
     assert sent_bytes(config, sizes, settings_of(config, 3, accumulation=2), 2)[0] == 0.5 * 1000 * 6 * 2
     assert sent_bytes(config, sizes, settings_of(config, 1), 1) == (0, 0)
 

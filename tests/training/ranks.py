@@ -1,6 +1,6 @@
 """One rank (RANK, WORLD_SIZE and so on are set): losses, snapshot and weights of tiny runs at ZeRO stages.
 
-usage: ranks.py ROOT OUTPUT BATCH_PER_RANK RUNS   (RUNS like 0,1,2x2: ZeRO stage [x accumulation])
+usage: ranks.py ROOT OUTPUT BATCH_PER_RANK RUNS   (RUNS as 0,1,2x2,3b: ZeRO stage [x accumulation] [b: bf16])
 """
 
 import contextlib
@@ -106,45 +106,51 @@ def bf16_run(root: Path, device: torch.device, *, flat: bool) -> dict:
     return {"norms": norms, "weights": weights}
 
 
-def follow_in_parts(root: Path, device: torch.device) -> dict:
-    """What a rank holds of a bf16 snapshot's average; are it and what computes those of a whole one?"""
-    config = tiny_config(root)
-    torch.manual_seed(0)
-    vocabulary = len(load_tokenizer(config.model.text.tokenizer_source))
-    student = build_dual_encoder(config.model, vocabulary).to(device)
-    method = replace(config.method.snapshot, momentum=0.9)
-    whole, parts = (
-        Snapshot(
-            *(student, method, config.method.regression),
-            **{"total_steps": 4, "dtype": torch.bfloat16, "device": device, "sharded": sharded},
-        )
-        for sharded in (False, True)
-    )
+class Reference:
+    """The snapshot's average by its definition, of whole weights."""
 
-    def same() -> bool:
-        held, used = whole.state_dict(), dict(parts.video_model.named_parameters())
-        averages = all(torch.equal(tensor, held[name]) for name, tensor in parts.state_dict().items())
-        return averages and all(torch.equal(p, used[n]) for n, p in whole.video_model.named_parameters())
+    def __init__(self, student: nn.Module) -> None:
+        self.average = {name: p.detach().double() for name, p in self._followed(student)}
 
-    draw, found = torch.Generator().manual_seed(1), [same()]
-    for step in range(1, 4):
-        with torch.no_grad():
-            for weight in student.parameters():
-                weight.add_(torch.randn(weight.shape, generator=draw).to(device))
-        for snapshot in (whole, parts):
-            snapshot.follow(student, step)
-        found.append(same())
-    state = {name: 2 * tensor for name, tensor in whole.state_dict().items()}
-    for snapshot in (whole, parts):
-        snapshot.load_state_dict(state)
-    return {"held": list(parts.state_dict()), "all": list(state), "same": [*found, same()]}
+    @staticmethod
+    def _followed(student: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        found = student.named_parameters()
+        return [(name, p) for name, p in found if name.startswith(("video_model.", "vid_proj."))]
+
+    def follow(self, student: nn.Module, momentum: float) -> None:
+        import deepspeed
+
+        for name, weight in self._followed(student):
+            partitioned = hasattr(weight, "ds_id")
+            with deepspeed.zero.GatheredParameters([weight]) if partitioned else contextlib.nullcontext():
+                whole = weight.detach().double().cpu()
+            self.average[name] = momentum * self.average[name] + (1 - momentum) * whole
+
+    def distances(self, snapshot: Snapshot) -> list[float]:
+        """Of the ranks' joined averages, and of what computes on this one, to it."""
+        states: list = [None] * (world_size() if snapshot.shared else 1)
+        own = {name: tensor.cpu().flatten() for name, tensor in snapshot.state_dict().items()}
+        if snapshot.shared:
+            torch.distributed.all_gather_object(states, own)
+        else:
+            states = [own]
+        used = dict(snapshot.video_model.named_parameters(prefix="video_model"))
+        averaged, computing = [], []
+        for name, tensor in self.average.items():
+            joined = torch.cat([state[name] for state in states if name in state]).view(tensor.shape)
+            averaged.append((joined - tensor).abs().max().item())
+            if name in used:
+                computing.append((used[name].cpu() - joined).abs().max().item())
+        return [max(averaged), max(computing)]
 
 
-def run_stage(root: Path, stage: int, accumulation: int, batch: int, device: torch.device) -> dict:
+def run_stage(
+    root: Path, stage: int, accumulation: int, batch: int, device: torch.device, *, bf16: bool
+) -> dict:
     # Without dropout, and with the joined batch's masks dealt out, every number of ranks computes the same.
     config = tiny_config(root, method={"snapshot": {"momentum": 0.9}})
     config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
-    tree, steps = ds_tree(stage, batch, accumulation), 4
+    tree, steps = ds_tree(stage, batch, accumulation, bf16), 4
     tree["zero_optimization"]["reduce_bucket_size"] = 10**6  # DeepSpeed's default takes GiBs a run
     if accumulation > 1:  # ZeRO 3 deals out the smallest weight, and lets go of it behind its layer
         names = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
@@ -160,9 +166,11 @@ def run_stage(root: Path, stage: int, accumulation: int, batch: int, device: tor
         method.snapshot,
         method.regression,
         total_steps=steps,
-        dtype=torch.float32,
+        dtype=settings.dtype,
         device=device,
+        shared=stage == 3,
     )
+    reference = Reference(objective.model)
     engine = build_engine(objective, settings)
 
     loader = Loader(
@@ -184,6 +192,7 @@ def run_stage(root: Path, stage: int, accumulation: int, batch: int, device: tor
             losses.append((sum_over_ranks(values) / world_size()).tolist()[:3])
             keys.append(list(item.keys))
         snapshot.follow(engine.module.model, step)
+        reference.follow(engine.module.model, snapshot.momentum(step))
         norms.append(float(engine.get_global_grad_norm() if norm is None else norm))
     batches.close()
     weights = full_weights(engine)
@@ -192,7 +201,8 @@ def run_stage(root: Path, stage: int, accumulation: int, batch: int, device: tor
         "norms": norms,
         "keys": keys,
         "weights": {name: tensor.double().sum().item() for name, tensor in weights.items()},
-        "snapshot": {name: tensor.double().sum().item() for name, tensor in snapshot.state_dict().items()},
+        "snapshot": {name: tensor.sum().item() for name, tensor in reference.average.items()},
+        "snapshot's distances": reference.distances(snapshot),
     }
 
 
@@ -206,11 +216,11 @@ def main() -> None:
         "contrastive gradient": contrastive_gradient(batch, device),
         "bf16 flat": bf16_run(root, device, flat=True),
         "bf16": bf16_run(root, device, flat=False),
-        "snapshot in parts": follow_in_parts(root, device),
     }
     for run in runs:
-        stage, _, accumulation = run.partition("x")
-        results[run] = run_stage(root, int(stage), int(accumulation or 1), batch, device)
+        stage, _, accumulation = run.removesuffix("b").partition("x")
+        halves = run.endswith("b")
+        results[run] = run_stage(root, int(stage), int(accumulation or 1), batch, device, bf16=halves)
     if device.type == "cuda":
         results["beside gather"] = milliseconds_beside_gather()
         results["process"], results["processes"] = os.getpid(), processes_on(device)
