@@ -140,6 +140,9 @@ class Row:
     start_phases: dict[str, float] | None
 
 
+_MOST_KEPT_GIB = 4  # behind a run; rows count what the ones before them left
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """A variant that did not run, at the smallest batch that was tried."""
@@ -172,11 +175,24 @@ def _measure_fitting(variant: Variant, experiment: Experiment, *, fresh: bool) -
         except Stopped:
             raise
         except Exception as error:
+            said = f"{type(error).__name__}: {error}"
             if batch == 1 or memory_error(error) is None:
                 logger.error("%s, batch %d", variant.name, batch, exc_info=True)
-                return Failure(name=variant.name, batch=batch, error=f"{type(error).__name__}: {error}")
+                return Failure(name=variant.name, batch=batch, error=said)
         # Behind the except clause, whose traceback holds the step's tensors.
+        if (kept := _kept_gib()) > _MOST_KEPT_GIB:
+            said += f"\nA capture that broke off keeps {kept:.0f} GiB: measure a smaller batch by itself"
+            return Failure(name=variant.name, batch=batch, error=said)
         experiment.ds_tree["train_micro_batch_size_per_gpu"], fresh = batch // 2, False
+
+
+def _kept_gib() -> float:
+    """Memory that this process holds when nothing runs."""
+    gc.collect()
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() / 2**30
 
 
 def _measure(variant: Variant, experiment: Experiment, *, fresh: bool) -> Row:
