@@ -180,14 +180,14 @@ def _measure_fitting(variant: Variant, experiment: Experiment, *, fresh: bool) -
                 logger.error("%s, batch %d", variant.name, batch, exc_info=True)
                 return Failure(name=variant.name, batch=batch, error=said)
         # Behind the except clause, whose traceback holds the step's tensors.
-        if (kept := _kept_gib()) > _MOST_KEPT_GIB:
+        if (kept := _free_memory()) > _MOST_KEPT_GIB:
             said += f"\nA capture that broke off keeps {kept:.0f} GiB: measure a smaller batch by itself"
             return Failure(name=variant.name, batch=batch, error=said)
         experiment.ds_tree["train_micro_batch_size_per_gpu"], fresh = batch // 2, False
 
 
-def _kept_gib() -> float:
-    """Memory that this process holds when nothing runs."""
+def _free_memory() -> float:
+    """Give back what nothing uses; GiB that torch keeps on the GPU all the same."""
     gc.collect()
     if not torch.cuda.is_available():
         return 0.0
@@ -223,9 +223,8 @@ def train_variant(
 ) -> tuple[list[dict[str, Any]], EnergyMeter]:
     """Records of a training run's log, and what the driver told behind the warm-up."""
     torch._dynamo.reset()
-    gc.collect()
+    _free_memory()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder, ops(plain=variant.plain_ops):
         run = (f"run.folder={folder}/run", f"run.log_every={log_every}")

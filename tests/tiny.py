@@ -114,6 +114,14 @@ def numbered_masks(batch: int, micro_step: int) -> np.ndarray:
     return np.full((batch, 1), micro_step)
 
 
+# Of zero_optimization: ZeRO 3 deals out the smallest weight, and lets go of it behind its layer.
+NOTHING_STAYS = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}
+
+
 def ds_tree(stage: int = 0, batch: int = 4, accumulation: int = 1, bf16: bool = False) -> dict:
     """DeepSpeed's json for the tiny runs."""
     return {

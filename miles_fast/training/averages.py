@@ -30,12 +30,7 @@ class WholeAverage:
     def follow(self, weights: Sequence[nn.Parameter], share: float) -> None:
         """average + share (weights - average)."""
         for place in self._places:
-            average, wide = self.tensors[place], self._wide[place]
-            if wide:
-                torch._foreach_copy_(wide, weights[place])
-            torch._foreach_lerp_(average, wide or weights[place], share)
-            if wide:
-                torch._foreach_copy_(self._used[place], average)
+            _follow(self.tensors[place], weights[place], share, self._wide[place], self._used[place])
 
     def load(self, whole: Sequence[Tensor]) -> None:
         """Take it from float32 tensors of the weights' shapes, on any device."""
@@ -65,24 +60,24 @@ class SharedAverage:
         for parameter, padded in zip(used, self._padded, strict=True):
             whole = padded.view(-1)[: parameter.numel()].view_as(parameter)
             parameter.data = whole.copy_(parameter.detach())
-        self._sizes = [lengths[place] for place in self._places]
-        longest = max(map(sum, self._sizes))
-        self._sent = torch.zeros(longest, dtype=dtype, device=device)
-        self._gathered = torch.zeros(ranks * longest, dtype=dtype, device=device)
+        longest = max(sum(lengths[place]) for place in self._places)
+        sent, gathered = (torch.zeros(rows * longest, dtype=dtype, device=device) for rows in (1, ranks))
+        # By place, all of one room: what is sent, of which weight which part; what is gathered, likewise.
+        self._rooms = []
+        for place in self._places:
+            sizes, length = lengths[place], sum(lengths[place])
+            own, whole = sent[:length], gathered[: ranks * length]
+            pieces = zip(own.split(sizes), self.tensors[place], strict=True)
+            filled = [piece[: len(average)] for piece, average in pieces]
+            self._rooms.append((own, filled, whole, whole.view(ranks, length).split(sizes, dim=1)))
 
     def follow(self, weights: Sequence[nn.Parameter], share: float) -> None:
         """average + share (weights - average), of weights that DeepSpeed has partitioned."""
-        ranks = world_size()
-        for place, sizes in zip(self._places, self._sizes, strict=True):
-            average, wide, length = self.tensors[place], self._wide[place], sum(sizes)
+        for place, (sent, filled, gathered, found) in zip(self._places, self._rooms, strict=True):
+            average = self.tensors[place]
             own = [p.ds_tensor[: len(a)] for p, a in zip(weights[place], average, strict=True)]
-            torch._foreach_copy_(wide, own)
-            torch._foreach_lerp_(average, wide, share)
-            sent, gathered = self._sent[:length], self._gathered[: ranks * length]
-            pieces = [piece[: len(a)] for piece, a in zip(sent.split(sizes), average, strict=True)]
-            torch._foreach_copy_(pieces, average)
+            _follow(average, own, share, self._wide[place], filled)
             torch.distributed.all_gather_into_tensor(gathered, sent)
-            found = gathered.view(ranks, length).split(sizes, dim=1)
             torch._foreach_copy_(self._padded[place], found)
 
     def load(self, whole: Sequence[Tensor]) -> None:
@@ -90,6 +85,17 @@ class SharedAverage:
         for average, start, used, tensor in zip(self.tensors, self._starts, self._used, whole, strict=True):
             average.copy_(tensor.flatten()[start : start + len(average)])
             used.copy_(tensor)
+
+
+def _follow(
+    average: list[Tensor], weights: Sequence[Tensor], share: float, wide: list[Tensor], used: list[Tensor]
+) -> None:
+    """average + share (weights - average), copied to `used`; with no `wide` room it is `used` itself."""
+    if wide:
+        torch._foreach_copy_(wide, weights)
+    torch._foreach_lerp_(average, wide or weights, share)
+    if wide:
+        torch._foreach_copy_(used, average)
 
 
 def _in_one_buffer(tensors: Sequence[Tensor], places: Sequence[slice]) -> list[Tensor]:

@@ -119,13 +119,13 @@ def state_bytes(sizes: Sizes, settings: EngineSettings, gpus: int) -> float:
     optimizer, gradients, weights = (sizes.trained / parts for parts in shared)
     if settings.stage == 3 and gpus > 1:  # beside its share those that are gathered
         weights += min(settings.live_parameters, sizes.trained)
+    average = 4 * sizes.snapshot / shared[2]
     if not settings.bf16:
         master = 4 * optimizer if settings.stage else 0
-        average = sizes.snapshot / shared[2] if settings.stage == 3 else 0  # elsewhere it is what computes
-        return 4 * weights + 4 * gradients + master + 8 * optimizer + 4 * sizes.snapshot + 4 * average
+        snapshot = 4 * sizes.snapshot + (average if settings.stage == 3 else 0)  # elsewhere they are one
+        return 4 * weights + 4 * gradients + master + 8 * optimizer + snapshot
     kept = 6 if _sums_float32(settings) else 2  # beside bf16 gradients their float32 sum
-    average = sizes.snapshot / shared[2]
-    return 2 * weights + kept * gradients + 12 * optimizer + 2 * sizes.snapshot + 4 * average
+    return 2 * weights + kept * gradients + 12 * optimizer + 2 * sizes.snapshot + average
 
 
 def sent_bytes(config: Config, sizes: Sizes, settings: EngineSettings, gpus: int) -> tuple[float, float]:

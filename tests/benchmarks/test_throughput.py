@@ -388,7 +388,7 @@ def test_a_row_that_fails_loses_no_other(root, monkeypatch, capsys):
     assert tried == [4, 2, 1] and failed.batch == 1 and "out of memory" in failed.error
     assert "out of memory" in variants.table([failed])
 
-    monkeypatch.setattr(variants, "_kept_gib", lambda: 61.0)
+    monkeypatch.setattr(variants, "_free_memory", lambda: 61.0)
     tried[:] = []
     (failed,) = variants.measure_variants([variants.CONFIGURED], experiment)
     assert tried == [4] and failed.batch == 4 and "keeps 61 GiB: measure a smaller batch" in failed.error

@@ -18,13 +18,20 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from tiny import ds_tree, joined_masks, tiny_config  # noqa: E402
+from tiny import NOTHING_STAYS, ds_tree, joined_masks, tiny_config  # noqa: E402
 
 from miles_fast.config import ContrastConfig  # noqa: E402
 from miles_fast.data.batches import Quarantine  # noqa: E402
 from miles_fast.data.loader import Loader  # noqa: E402
 from miles_fast.data.order import Share  # noqa: E402
-from miles_fast.distributed import barrier, rank, start_gather, sum_over_ranks, world_size  # noqa: E402
+from miles_fast.distributed import (  # noqa: E402
+    barrier,
+    gather_objects,
+    rank,
+    start_gather,
+    sum_over_ranks,
+    world_size,
+)
 from miles_fast.models.dual_encoder import build_dual_encoder  # noqa: E402
 from miles_fast.models.text_encoder import load_tokenizer  # noqa: E402
 from miles_fast.training import engine as engine_module  # noqa: E402
@@ -128,12 +135,8 @@ class Reference:
 
     def distances(self, snapshot: Snapshot) -> list[float]:
         """Of the ranks' joined averages, and of what computes on this one, to it."""
-        states: list = [None] * (world_size() if snapshot.shared else 1)
         own = {name: tensor.cpu().flatten() for name, tensor in snapshot.state_dict().items()}
-        if snapshot.shared:
-            torch.distributed.all_gather_object(states, own)
-        else:
-            states = [own]
+        states = gather_objects(own) if snapshot.shared else [own]
         used = dict(snapshot.video_model.named_parameters(prefix="video_model"))
         averaged, computing = [], []
         for name, tensor in self.average.items():
@@ -152,9 +155,8 @@ def run_stage(
     config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
     tree, steps = ds_tree(stage, batch, accumulation, bf16), 4
     tree["zero_optimization"]["reduce_bucket_size"] = 10**6  # DeepSpeed's default takes GiBs a run
-    if accumulation > 1:  # ZeRO 3 deals out the smallest weight, and lets go of it behind its layer
-        names = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-        tree["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
+    if accumulation > 1:
+        tree["zero_optimization"] |= NOTHING_STAYS
     settings = check_ds_config(tree, "ds", config, cuda=device.type == "cuda", ranks=world_size())
     torch.manual_seed(0)
     tokenizer = load_tokenizer(config.model.text.tokenizer_source)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ds_tree, tiny_config, write_data
+from tiny import NOTHING_STAYS, ds_tree, tiny_config, write_data
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 
@@ -181,9 +181,8 @@ def test_compiled_layers_compute_what_uncompiled_ones_do(root, tmp_path, monkeyp
         config = replace(config, model=replace(config.model, text=replace(config.model.text, dropout=0.0)))
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             tree = ds_tree(stage=stage)
-            if stage == 3:  # every weight is gathered, and let go of behind its layer
-                names = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-                tree["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
+            if stage == 3:
+                tree["zero_optimization"] |= NOTHING_STAYS
             pretrain(config, check_ds_config(tree, "ds", config, cuda=False, ranks=1))
         return [record["loss"] for record in read_log(folder)]
 
