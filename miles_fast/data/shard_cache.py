@@ -83,12 +83,13 @@ class ShardCache:
                 f"{shown(url).rpartition('/')[0]}: shards without index are downloaded once to be indexed; "
                 "put the .idx files beside the tars to spare that"
             )
-            number = self.open(file)
-            try:
-                if not self.path(file).with_suffix(".idx").exists():
+            self.fetch(file)  # and index it: others may push it out before it could be opened
+            if not self.path(file).with_suffix(".idx").exists():  # it lay there without
+                number = self.open(file)
+                try:
                     self._write_index(file, scan(self.path(file), str(file)))
-            finally:
-                os.close(number)
+                finally:
+                    os.close(number)
             return
         except ShardError:
             raise

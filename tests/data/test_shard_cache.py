@@ -72,6 +72,30 @@ def test_a_set_larger_than_the_cache_is_read(server, tmp_path, index, caplog):
     assert server.gets() + server.gets(".idx") == before
 
 
+def test_what_is_pushed_out_at_once_is_indexed_by_its_one_download(server, tmp_path, monkeypatch):
+    urls = shards_on(server, index=False)
+    cache = cache_in(tmp_path / "cache", server)
+    fetch = cache.fetch
+
+    def fetch_and_lose(file):
+        fetch(file)
+        cache.path(file).unlink()
+
+    monkeypatch.setattr(cache, "fetch", fetch_and_lose)
+    assert len(ShardSet(urls, cache=cache)) == 12
+    assert server.gets() == 6
+
+
+def test_a_shard_that_lost_its_index_is_indexed_from_the_cache(server, tmp_path):
+    urls = shards_on(server, 2, index=False)
+    cache = cache_in(tmp_path / "cache", server)
+    ShardSet(urls, cache=cache)
+    for index in cache.folder.glob("*.idx"):
+        index.unlink()
+    assert len(ShardSet(urls, cache=cache)) == 4
+    assert server.gets() == 2
+
+
 def test_the_least_recently_used_goes_and_what_is_read_stays(server, tmp_path):
     urls = shards_on(server)
     cache = cache_in(tmp_path / "cache", server)
