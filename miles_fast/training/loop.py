@@ -27,7 +27,7 @@ from miles_fast.training.early_stopping import EarlyStopping, Verdict
 from miles_fast.training.engine import build_engine, gradient_norm, init_process_group, release_engine
 from miles_fast.training.graphs import capture_passes, sample_inputs
 from miles_fast.training.masks import draw_step_masks
-from miles_fast.training.memory_report import OutOfMemory, memory_error, memory_report
+from miles_fast.training.memory_report import OutOfMemory, memory_error, memory_report, warn_of_full_memory
 from miles_fast.training.meter import Meter
 from miles_fast.training.numerics import LossGuard, SkippedData, UpdateCheck, warn_of_collapse
 from miles_fast.training.objective import Losses
@@ -245,6 +245,8 @@ def _train_from(t: Training, first_step: int) -> int | None:
                 record["skipped_steps"] = t.left_out.total
                 if t.log.is_empty:
                     record |= {"start_seconds": process_seconds(), "start_phases": t.watchdog.start_phases}
+                else:
+                    warn_of_full_memory(record.get("allocation_retries", 0))
                 t.log.write(step, record, show=("loss", "clips_per_second"))
                 if snapshot is not None:
                     warn_of_collapse(record["target_std"], run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import textwrap
 from collections.abc import Iterable
@@ -14,6 +15,8 @@ from miles_fast.distributed import rank
 from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.engine_state import own_state
 from miles_fast.training.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
 
 # What torch, NCCL, Triton, quack, cuBLAS and DALI say: only torch has a type for it. Where torch holds
 # almost all memory, the others are the first to find none.
@@ -95,3 +98,14 @@ def memory_report(
     cause = textwrap.shorten(str(error), 300)
     lines = (f"rank {rank()} ran out of memory.", cause, table, "Lower, in this order:")
     return "\n".join(lines) + "\n  " + "\n  ".join(advice)
+
+
+def warn_of_full_memory(retries: int) -> None:
+    """Of the log's `allocation_retries` since its last record: a run may be slow for them and not fail."""
+    if retries:
+        logger.warning(
+            "GPU memory is all but full: torch emptied its cache %d times since the last record, and the GPU "
+            "waited for it. A smaller train_micro_batch_size_per_gpu may be faster; so may "
+            "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment",
+            retries,
+        )

@@ -29,6 +29,7 @@ class Meter:
         )
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self._peak = peak_flops(name)
+        self._retries = 0
         self.pause()
 
     def pause(self) -> None:
@@ -48,7 +49,8 @@ class Meter:
     ) -> dict[str, Any]:
         """Figures since the last record; the one place of the loop that waits for the device."""
         values = torch.stack([value.detach().float() for value in losses])
-        loss, contrastive, regression, cosine, std = (sum_over_ranks(values) / world_size()).tolist()
+        values = torch.cat([values / world_size(), values.new_tensor([self._new_retries()])])
+        loss, contrastive, regression, cosine, std, retries = sum_over_ranks(values).tolist()
         seconds, steps = max(time.perf_counter() - self._start, 1e-9), max(self._steps, 1)
         clips = self._clips_per_step * self._steps / seconds
         norm = engine.get_global_grad_norm() if norm is None else norm
@@ -67,7 +69,15 @@ class Meter:
         }
         if self._device.type == "cuda":
             record["memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+            record["allocation_retries"] = int(retries)
         if self._peak:
             record["mfu"] = clips * self._flops / (self._peak * world_size())
         self.pause()
         return record
+
+    def _new_retries(self) -> int:
+        """How often torch found no memory here since the last record, until it had emptied its cache."""
+        if self._device.type != "cuda":
+            return 0
+        before, self._retries = self._retries, torch.cuda.memory_stats(self._device)["num_alloc_retries"]
+        return self._retries - before
