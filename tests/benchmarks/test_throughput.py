@@ -43,16 +43,16 @@ def doctor(monkeypatch):
     return doctor
 
 
-def throughput(root, what, *options):
+def throughput(root, what, *options, timeout=250):
     command = [str(BENCHMARKS / "throughput.py"), what, "--batches", "3"]
     files = ["--config", str(root / "tiny.yaml"), "--ds_config", str(root / "ds.json")]
-    done = run(*command, *files, *options, cwd=root, timeout=250)
+    done = run(*command, *files, *options, cwd=root, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def call(root, what, *options):
-    printed = throughput(root, what, "--json", str(root / f"{what}.json"), *options)
+def call(root, what, *options, timeout=250):
+    printed = throughput(root, what, "--json", str(root / f"{what}.json"), *options, timeout=timeout)
     return printed, json.loads((root / f"{what}.json").read_text())[what]
 
 
@@ -418,9 +418,11 @@ def test_plain_ops_are_all_that_have_a_kernel_but_attention(monkeypatch):
     assert sorted(op for one in ABLATIONS for op in one.plain_ops) == sorted(PLAIN_OPS)
 
 
+@pytest.mark.timeout(700)  # three runs by DeepSpeed's launcher
 def test_scaling_runs_on_so_many_ranks_and_can_be_planned_from(root, monkeypatch):
     counts = [1, 2] if os.environ.get("MILES_FAST_FAULTS") == "full" else [2]  # each takes a launch
-    printed, rows = call(root, "scaling", "run.log_every=1", "--singles", "--gpus", *map(str, counts))
+    options = ("run.log_every=1", "--singles", "--gpus", *map(str, counts))
+    printed, rows = call(root, "scaling", *options, timeout=650)
     assert [row["gpus"] for row in rows] == counts and rows[0]["ratio"] == 1
     for row in rows:  # 4 clips on each rank
         expected = 4000 * row["gpus"] / row["step_milliseconds"]

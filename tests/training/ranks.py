@@ -6,7 +6,6 @@ usage: ranks.py ROOT OUTPUT BATCH_PER_RANK RUNS   (RUNS as 0,1,2x2,3b: ZeRO stag
 import contextlib
 import faulthandler
 import json
-import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -225,7 +224,7 @@ def main() -> None:
         results[run] = run_stage(root, int(stage), int(accumulation or 1), batch, device, bf16=halves)
     if device.type == "cuda":
         results["beside gather"] = milliseconds_beside_gather()
-        results["process"], results["processes"] = os.getpid(), processes_on(device)
+        results["processes"] = processes_on(device)
     (output / f"rank{rank()}.json").write_text(json.dumps(results))
     barrier()
     torch.distributed.destroy_process_group()

@@ -1,6 +1,5 @@
 """Two ranks against one on the joined batch; ZeRO 0 to 3 against each other: gloo, and NCCL on two GPUs."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -67,8 +66,9 @@ def test_the_gpu_computes_while_rows_of_other_ranks_travel(results):
 @pytest.mark.multigpu
 @pytest.mark.parametrize("results", ["cuda"], indirect=True)
 def test_a_rank_holds_memory_of_its_own_gpu_alone(results):
-    for found, other in itertools.permutations(results[2]):
-        assert found["process"] in found["processes"] and other["process"] not in found["processes"]
+    """By the driver's ids of processes, which need not be those that the processes themselves see."""
+    one, two = (set(found["processes"]) for found in results[2])
+    assert one and two and not one & two
 
 
 @pytest.mark.parametrize("run,same", [("1", "1"), ("3x2", "1x2")])
