@@ -79,8 +79,9 @@ def main() -> None:
         network=options.network,
         efficiency=options.link_efficiency,
     )
+    frozen = f", {sizes.frozen / 1e6:.1f} M frozen" if sizes.frozen else ""
     print(
-        f"{sizes.trained / 1e6:.1f} M parameters, {sizes.snapshot / 1e6:.1f} M in the snapshot; ZeRO "
+        f"{sizes.trained / 1e6:.1f} M parameters{frozen}, {sizes.snapshot / 1e6:.1f} M in the snapshot; ZeRO "
         f"{settings.stage}, {settings.batch} clips x {settings.accumulation} a GPU"
     )
     spread, several = 0.0, min((gpus for gpus in measured if gpus > 1), default=None)

@@ -124,6 +124,11 @@ def check_ds_config(
             f"{source}: zero_optimization.stage = 3 gathers weights anew for every step, which a CUDA graph "
             "cannot follow; set run.cuda_graphs: false, or stage 2"
         )
+    if stage == 3 and config.run.freeze:
+        raise ConfigError(
+            f"{source}: zero_optimization.stage = 3 does not give frozen weights (run.freeze) back whole; "
+            "set stage 0, 1 or 2"
+        )
     if stage == 3 and config.run.compile:
         # DeepSpeed's own linear layer reads what differs from one to the next, so that torch.compile gives up
         # after eight layers. It lets go of gathered weights until backward, which compiled layers do anyway.

@@ -20,6 +20,7 @@ from miles_fast.config_tree import to_dict
 from miles_fast.models.dual_encoder import build_dual_encoder
 from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.objective import Objective
+from miles_fast.training.start import freeze
 
 GIB = 2**30
 
@@ -48,10 +49,11 @@ class Links:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Parameters trained, and those that the snapshot holds."""
+    """Parameters that are trained, those that the snapshot holds, and the student's frozen ones."""
 
     trained: int
     snapshot: int
+    frozen: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +82,22 @@ class Plan:
 
 
 def model_sizes(config: Config, vocabulary_size: int) -> Sizes:
-    """Count parameters without allocating them; a text tower given by name is taken to have DistilBERT's."""
+    """Count parameters without allocating them; a text tower given by name is taken to have DistilBERT's.
+
+    Raises ValueError for prefixes of `run.freeze` that no weight has.
+    """
     model = _without_files(config.model)
     with torch.device("meta"):
         objective = Objective(
             build_dual_encoder(model, vocabulary_size), config.method, config.data.frames_per_clip
         )
+    freeze(objective.model, config.run.freeze)
     followed = [objective.model.video_model, objective.model.vid_proj]
     snapshot = sum(p.numel() for part in followed for p in part.parameters())
     return Sizes(
-        trained=sum(p.numel() for p in objective.parameters()),
+        trained=sum(p.numel() for p in objective.parameters() if p.requires_grad),
         snapshot=snapshot if config.method.view != "none" else 0,
+        frozen=sum(p.numel() for p in objective.parameters() if not p.requires_grad),
     )
 
 
@@ -105,6 +112,7 @@ def deciding(config: Config) -> dict[str, Any]:
         "model": to_dict(_without_files(config.model)),
         "data": {name: getattr(config.data, name) for name in ("frames_per_clip", "caption_tokens")},
         "method": method,
+        "run": {"freeze": sorted(config.run.freeze) or None},  # as in files that are older than it
     }
 
 
@@ -119,6 +127,7 @@ def state_bytes(sizes: Sizes, settings: EngineSettings, gpus: int) -> float:
     optimizer, gradients, weights = (sizes.trained / parts for parts in shared)
     if settings.stage == 3 and gpus > 1:  # beside its share those that are gathered
         weights += min(settings.live_parameters, sizes.trained)
+    weights += sizes.frozen
     average = 4 * sizes.snapshot / shared[2]
     if not settings.bf16:
         master = 4 * optimizer if settings.stage else 0

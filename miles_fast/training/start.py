@@ -116,7 +116,7 @@ def build_models(
     )
     if config.run.init_from and initialize:
         _initialize(objective, config.run.init_from)
-    _freeze(objective.model, config.run.freeze, settings.stage)
+    freeze(objective.model, config.run.freeze)
     if config.run.precision == "fp8":
         use_fp8(objective, device)
     snapshot = None
@@ -162,10 +162,8 @@ def _initialize(objective: Objective, source: str) -> None:
     logger.info("initialised from %s", place)
 
 
-def _freeze(model: DualEncoder, prefixes: list[str], stage: int) -> None:
-    """Leave weights as they are. Raises ValueError for a prefix that no weight has, and at ZeRO-3."""
-    if prefixes and stage == 3:
-        raise ValueError("run.freeze: ZeRO-3 does not give frozen weights back whole; use stage 0, 1 or 2")
+def freeze(model: DualEncoder, prefixes: list[str]) -> None:
+    """Leave the weights whose names begin so as they are. Raises ValueError for a prefix that none has."""
     for prefix in prefixes:
         frozen = [weight for name, weight in model.named_parameters() if name.startswith(prefix)]
         if not frozen:

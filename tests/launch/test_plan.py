@@ -40,6 +40,14 @@ def test_parameters_are_counted_as_the_model_has_them():
     vit += 16 * 16 * 3 * 768 + 768 + 768 + 197 * 768 + 4 * 768 + 2 * 768
     assert sizes.snapshot == vit + 768 * 256 + 256
     assert sizes.trained == vit + 66_362_880 + 2 * (768 * 256 + 256) + 768
+    kept = load_config(
+        ROOT / "launch/configs/stage2.yaml", ["run.init_from=null", "run.freeze=[text_model.]"]
+    )
+    assert model_sizes(kept, 30522) == Sizes(
+        trained=sizes.trained - 66_362_880, snapshot=sizes.snapshot, frozen=66_362_880
+    )
+    with pytest.raises(ValueError, match="run.freeze: no weight's name begins with 'txt.'"):
+        model_sizes(tiny_config(ROOT, run={"freeze": ["txt."]}), 100)
 
 
 def test_memory_and_traffic_by_hand(tmp_path):
@@ -47,6 +55,8 @@ def test_memory_and_traffic_by_hand(tmp_path):
     bytes_of = {stage: state_bytes(sizes, settings_of(config, stage), 4) for stage in (1, 3)}
     assert bytes_of[1] == 1000 * (2 + 6) + 12 * 1000 / 4 + 600
     assert bytes_of[3] == 1000 * (2 + 2 + 12) / 4 + 2 * 1000 + 200 + 400 / 4  # all that is gathered stays
+    frozen = Sizes(trained=1000, snapshot=100, frozen=50)
+    assert state_bytes(frozen, settings_of(config, 1), 4) == bytes_of[1] + 2 * 50
     limited = settings_of(config, 3)
     limited.tree["zero_optimization"]["stage3_max_live_parameters"] = 300
     assert state_bytes(sizes, limited, 4) == bytes_of[3] - 2 * 700
@@ -230,9 +240,11 @@ def test_a_log_of_another_config_is_refused(measurement, tmp_path):
     text = tiny_tree(tmp_path)["model"]["text"]
     write(run={"steps": 9}, model={"text": text | {"tokenizer": "elsewhere"}})
     assert measurement("log.jsonl", GOOD).clips_per_second == 400
-    write(model={"embedding": 32}, data={"frames_per_clip": 1}, method={"view": "B"})
+    other = {"model": {"embedding": 32}, "data": {"frames_per_clip": 1}, "method": {"view": "B"}}
+    write(**other, run={"freeze": ["text_model."]})
     changed = "model.embedding: 32 -> 16; data.frames_per_clip: 1 -> 2; method.view: 'B' -> 'A'"
-    said = f"log.jsonl: measured with another config than tiny.yaml .*: {changed}. Plan with .*--config"
+    changed += "; run.freeze: ['text_model.'] -> None"
+    said = f"log.jsonl: measured with another config than tiny.yaml .*: {re.escape(changed)}. Plan .*--config"
     with pytest.raises(ValueError, match=said):
         measurement("log.jsonl", GOOD)
 
