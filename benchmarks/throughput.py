@@ -66,11 +66,15 @@ def time_model(config: Config, settings: EngineSettings, options: argparse.Names
     return [asdict(row) for row in rows]
 
 
+def _ds_tree(options: argparse.Namespace) -> dict[str, Any]:
+    return json.loads(Path(options.ds_config).read_text())
+
+
 def _experiment(options: argparse.Namespace, steps: int) -> variants.Experiment:
     return variants.Experiment(
         config_file=options.config,
         overrides=options.overrides,
-        ds_tree=json.loads(Path(options.ds_config).read_text()),
+        ds_tree=_ds_tree(options),
         steps=steps,
     )
 
@@ -188,7 +192,7 @@ def scale(config: Config, settings: EngineSettings, options: argparse.Namespace)
 def time_saves(config: Config, settings: EngineSettings, options: argparse.Namespace) -> Any:
     """A run's steps beside its checkpoints, against its other steps."""
     init_process_group()
-    tree = json.loads(Path(options.ds_config).read_text())
+    tree = _ds_tree(options)
     found = measure_saves(options.config, options.overrides, tree, options.batches, options.saves)
     print(saves_table(found))
     return asdict(found)

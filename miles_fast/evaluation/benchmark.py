@@ -102,7 +102,7 @@ def _score(
         )
         for prompt in PROMPTS
     }
-    return figures, {k: min(int(k[4:]) / len(split.classes), 1.0) for k in ("top-1", "top-5")}
+    return figures, top_by_chance(len(split.classes))
 
 
 def _readable(files: list[VideoFile], bad: list[BadSample]) -> list[int]:
@@ -144,7 +144,7 @@ def measure_probe(protocol: Protocol, folder: DataFolder, embedder: Embedder, fr
     return Measurement(
         protocol=protocol.name,
         figures={f"linear probe, {frames} frames": figures},
-        chance={k: min(int(k[4:]) / classes, 1.0) for k in ("top-1", "top-5")},
+        chance=top_by_chance(classes),
         videos=videos,
         missing=sorted(set(folder.missing)),
         unreadable=list(unreadable.values()),
@@ -181,7 +181,7 @@ def templates(
         "template to video": recalls(best_ranks(similarity[used], used, labels)),
         "video to template": accuracy(texts, videos, split.labels),
     }
-    return figures, {k: min(int(k[4:]) / len(texts), 1.0) for k in ("top-1", "top-5")}
+    return figures, top_by_chance(len(texts))
 
 
 def multiple_choice(
@@ -205,6 +205,11 @@ def accuracy(texts: Tensor, videos: Tensor, labels: list[int]) -> dict[str, floa
 def top(ranks: Tensor) -> dict[str, float]:
     """Top-1 and top-5 of ranks."""
     return {f"top-{k}": float((ranks <= k).double().mean()) for k in (1, 5)}
+
+
+def top_by_chance(classes: int) -> dict[str, float]:
+    """Top-1 and top-5 of guessing."""
+    return {f"top-{k}": min(k / classes, 1.0) for k in (1, 5)}
 
 
 def recalls(ranks: Tensor) -> dict[str, float]:
