@@ -24,6 +24,7 @@ PROGRAM = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
 class Row:
     """Medians over a run's log after the warm-up; `ratio` is its clips/s against those of the first row.
 
+    `allocation_retries`, of all its GPUs together: their memory was all but full where there are any.
     `alone`: clips/s of each of its GPUs in a run of its own, all at the same time. What those lose against
     a first row of one GPU is the cards' and the host's; what the row loses against the slowest of them is
     communication, and waiting for whichever is slower at the moment.
@@ -35,6 +36,7 @@ class Row:
     step_milliseconds: float
     data_wait_milliseconds: float
     memory_gib: float | None
+    allocation_retries: int
     alone: list[float] | None
 
 
@@ -81,7 +83,8 @@ def _figures(run: Path) -> dict[str, Any]:
     records = [r for r in read_log(run) if "loss" in r and r["step"] > WARMUP]
     names = ("clips_per_second", "step_milliseconds", "data_wait_milliseconds")
     medians = {name: statistics.median(record[name] for record in records) for name in names}
-    return medians | {"memory_gib": records[-1].get("memory_gib")}
+    retries = sum(record.get("allocation_retries", 0) for record in records)
+    return medians | {"memory_gib": records[-1].get("memory_gib"), "allocation_retries": retries}
 
 
 def _launch(gpus: Sequence[int], *options: str) -> subprocess.Popen[bytes]:
