@@ -205,12 +205,6 @@ def test_a_scale_that_would_do_nothing_is_refused(root, tmp_path):
         settings({"first.": 0.0})
 
 
-def test_frozen_weights_are_refused_at_zero_3(root):
-    config = tiny_config(root, run={"freeze": ["text_model."]})
-    with pytest.raises(ConfigError, match="ds.json: zero_optimization.stage = 3 .*run.freeze"):
-        check_ds_config(ds_tree(stage=3), "ds.json", config, cuda=False, ranks=1)
-
-
 @pytest.mark.parametrize(
     "changes,said",
     [
