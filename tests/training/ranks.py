@@ -82,14 +82,12 @@ def milliseconds_beside_gather() -> list[float]:
     return [begin.elapsed_time(middle), begin.elapsed_time(end)]
 
 
-def processes_on(device: torch.device) -> list[int]:
-    """Ids of those that hold a context on this GPU; NVML must be there."""
+def processes_here() -> list[int]:
+    """Ids of those that hold a context on the current GPU; NVML must be there."""
     import pynvml
+    from benchmarks.energy import driver_handle
 
-    pynvml.nvmlInit()
-    uuid = torch.cuda.get_device_properties(device).uuid
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    return [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+    return [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(driver_handle())]
 
 
 def bf16_run(root: Path, device: torch.device, *, flat: bool) -> dict:
@@ -224,7 +222,7 @@ def main() -> None:
         results[run] = run_stage(root, int(stage), int(accumulation or 1), batch, device, bf16=halves)
     if device.type == "cuda":
         results["beside gather"] = milliseconds_beside_gather()
-        results["processes"] = processes_on(device)
+        results["processes"] = processes_here()
     (output / f"rank{rank()}.json").write_text(json.dumps(results))
     barrier()
     torch.distributed.destroy_process_group()
