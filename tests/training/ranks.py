@@ -85,6 +85,7 @@ def milliseconds_beside_gather() -> list[float]:
 def processes_here() -> list[int]:
     """Ids of those that hold a context on the current GPU; NVML must be there."""
     import pynvml
+
     from benchmarks.energy import driver_handle
 
     return [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(driver_handle())]
