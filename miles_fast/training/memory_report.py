@@ -1,8 +1,7 @@
-"""What the memory of a GPU went to, for a run that has run out of it."""
+"""What a run is told of a GPU's memory: what it went to when it has run out, and that it is all but full."""
 
 from __future__ import annotations
 
-import logging
 import re
 import textwrap
 from collections.abc import Iterable
@@ -11,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miles_fast.distributed import rank
+from miles_fast.distributed import logger, rank
 from miles_fast.training.ds_config import EngineSettings
 from miles_fast.training.engine_state import own_state
 from miles_fast.training.snapshot import Snapshot
-
-logger = logging.getLogger(__name__)
 
 # What torch, NCCL, Triton, quack, cuBLAS and DALI say: only torch has a type for it. Where torch holds
 # almost all memory, the others are the first to find none.

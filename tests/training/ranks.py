@@ -86,7 +86,8 @@ def processes_here() -> list[int]:
     """Ids of those that hold a context on the current GPU; NVML must be there."""
     import pynvml
 
-    from benchmarks.energy import driver_handle
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    from energy import driver_handle
 
     return [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(driver_handle())]
 
