@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import statistics
 import threading
 from collections.abc import Generator
-from typing import Any
 
 import torch
+from driver import driver_handle
 
 from miles_fast.data.batches import Batch
 from miles_fast.data.loader import Loader
 
 SECONDS_BETWEEN_CLOCKS = 0.02
-
-
-def driver_handle() -> Any:
-    """The driver's (pynvml's) handle of the current GPU; None where there is none."""
-    if not torch.cuda.is_available() or importlib.util.find_spec("pynvml") is None:
-        return None
-    import pynvml
-
-    pynvml.nvmlInit()
-    # By its UUID: CUDA_VISIBLE_DEVICES gives torch other numbers than the driver's.
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
 
 
 def joules() -> float | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from driver import numbers_on_host
 from loader_stages import WARMUP
 
 from miles_fast.training.progress import read_log
@@ -91,10 +92,10 @@ def _launch(gpus: Sequence[int], *options: str) -> subprocess.Popen[bytes]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    listed = ",".join(map(str, gpus))
-    which = (
-        ("--include", f"localhost:{listed}") if torch.cuda.is_available() else ("--num_gpus", str(len(gpus)))
-    )
+    which = ("--num_gpus", str(len(gpus)))
+    if torch.cuda.is_available():  # --include counts the host's GPUs, whatever CUDA_VISIBLE_DEVICES leaves
+        numbers = numbers_on_host()
+        which = ("--include", "localhost:" + ",".join(numbers[gpu] for gpu in gpus))
     launcher = (sys.executable, "-m", "deepspeed.launcher.runner", *which, "--master_port", port)
     return subprocess.Popen([*launcher, str(PROGRAM), *options])
 

@@ -33,6 +33,7 @@ import scaling
 import torch
 import variants
 from doctor import examine, report
+from driver import held_by_others
 from loader_inputs import time_decoders, time_spoiled
 from loader_rivals import clips_per_second, torch_dataloader, webdataset_pillow
 from loader_stages import WARMUP, measure_loader
@@ -46,7 +47,7 @@ from miles_fast.config_tree import load_config
 from miles_fast.data.demo import prepare_demo
 from miles_fast.data.shards import expand_shards
 from miles_fast.data.sources import open_shards
-from miles_fast.distributed import configure_logging
+from miles_fast.distributed import configure_logging, logger
 from miles_fast.kernels.dispatch import quack_for
 from miles_fast.options import above_zero, at_least
 from miles_fast.training.ds_config import EngineSettings, read_ds_config
@@ -276,10 +277,14 @@ def main() -> int:
     settings = read_ds_config(options.ds_config, config, cuda=torch.cuda.is_available(), ranks=1)
     if config.data.demo_corpus:
         prepare_demo(Path(config.data.demo_corpus))
+    held = held_by_others(max(options.gpus) if options.what == "scaling" else 1)
+    for gpu, gib in held.items():
+        logger.warning("GPU %d is not idle: others hold %.1f GiB of it, and share its time", gpu, gib)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     # A run without it, which only a warning tells of, is slower by more than most of what is measured here.
     quack = torch.cuda.is_available() and quack_for(torch.device("cuda")) is not None
     head = {"machine": machine, "torch": torch.__version__, "batch": settings.batch, "quack": quack}
+    head |= {"held_by_others_gib": held} if held else {}
     head["config"] = deciding(config)  # for launch/plan.py, which compares it with what is planned
     products = ", products by quack" if quack else ""
     print(f"{options.what} on {machine}, batch {settings.batch}, torch {torch.__version__}{products}")

@@ -23,6 +23,8 @@ _SAID = re.compile(
     r"|CUDA allocation failed|device allocator failed|Can't allocate \d+ bytes on device"
 )
 
+_OTHERS = re.compile(r"\bProcess (\d+) has ([\d.]+ [KMG]iB) memory in use")  # torch's, of every other one
+
 _FEW_LIVE = 10**8  # gathered weights: four layers of a ViT-H
 
 
@@ -76,7 +78,10 @@ def memory_report(
         rows["reserved by torch"] = stats["reserved_bytes.all.current"]
         rows["on the device"] = torch.cuda.get_device_properties(device).total_memory
     table = "\n".join(f"  {name:<40}{size / 2**30:>9.2f} GiB" for name, size in rows.items())
-    advice = []
+    advice = [
+        f"what others hold of this GPU: process {process} has {size} of it"
+        for process, size in _OTHERS.findall(str(error))
+    ]
     if settings.batch > 1:
         advice.append(
             f"train_micro_batch_size_per_gpu {settings.batch} -> {settings.batch // 2} with "

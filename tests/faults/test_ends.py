@@ -170,6 +170,18 @@ def test_what_is_to_be_lowered_can_be(root):
     assert rest == advice(stage3_max_live_parameters=1e8) and "activation_memory_budget" in rest[0]
 
 
+def test_others_on_the_gpu_are_named_first(root):
+    """In torch's words of 2.11 on an H100 that two runs shared."""
+    others = "Process 16558 has 72.14 GiB memory in use. Process 7 has 512.00 MiB memory in use. "
+    said = (
+        f"CUDA out of memory. {others}Including non-PyTorch memory, this process has 7.00 GiB memory in use."
+    )
+    settings = check_ds_config(ds_tree(stage=1, batch=4), "ds", tiny_config(root), cuda=False, ranks=1)
+    report = memory_report(torch.OutOfMemoryError(said), None, None, None, settings, torch.device("cpu"))
+    first, second, *_ = report.partition("Lower, in this order:\n")[2].splitlines()
+    assert first.endswith("process 16558 has 72.14 GiB of it") and second.endswith("7 has 512.00 MiB of it")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", ["capture_passes", "train_step"])
 def test_a_gpu_without_memory_ends_the_program_with_a_table(root, tmp_path, monkeypatch, where):

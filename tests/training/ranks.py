@@ -87,7 +87,7 @@ def processes_here() -> list[int]:
     import pynvml
 
     sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-    from energy import driver_handle
+    from driver import driver_handle
 
     return [process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(driver_handle())]
 
