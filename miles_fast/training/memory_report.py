@@ -18,10 +18,12 @@ from miles_fast.training.snapshot import Snapshot
 # What torch, NCCL, Triton, quack, cuBLAS and DALI say: only torch has a type for it. Where torch holds
 # almost all memory, the others are the first to find none.
 _SAID = re.compile(
-    r"[Oo]ut of memory|OUT_OF_MEMORY|cudaErrorMemoryAllocation|Failed to CUDA [a-z]*alloc"
-    r"|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"  # the latter of a handle for which there is no room
+    r"[Oo]ut of memory|OUT_OF_MEMORY|cudaErrorMemoryAllocation|Failed to CUDA [a-z]*alloc|STATUS_ALLOC_FAILED"
     r"|CUDA allocation failed|device allocator failed|Can't allocate \d+ bytes on device"
 )
+# What they say of other faults, too: cuBLAS where a handle has no room, cuDNN where its kernels have none.
+_SAID_WHEN_FULL = re.compile("CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_(INTERNAL_ERROR|EXECUTION_FAILED)")
+_FULL = 2**30  # bytes that are free: cuDNN's libraries take up to half of it (pytorch/pytorch#81620)
 
 _OTHERS = re.compile(r"\bProcess (\d+) has ([\d.]+ [KMG]iB) memory in use")  # torch's, of every other one
 
@@ -40,8 +42,17 @@ def memory_error(error: BaseException | None) -> BaseException | None:
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or _SAID.search(str(error)):
             return error
+        if _SAID_WHEN_FULL.search(str(error)) and _gpu_is_full():
+            return error
         error = error.__context__
     return None
+
+
+def _gpu_is_full() -> bool:
+    try:
+        return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _FULL
+    except RuntimeError:  # a GPU that answers nothing any more has failed otherwise
+        return False
 
 
 def memory_report(

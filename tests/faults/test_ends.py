@@ -13,7 +13,7 @@ from tiny import ds_tree, tiny_config
 from miles_fast.training import checkpoint, loop
 from miles_fast.training.checkpoint import find_checkpoint
 from miles_fast.training.ds_config import check_ds_config
-from miles_fast.training.memory_report import OutOfMemory, memory_report
+from miles_fast.training.memory_report import OutOfMemory, memory_error, memory_report
 from miles_fast.training.progress import StepLog, read_log
 from miles_fast.training.signals import HUNG, STOPPED, exit_with_status
 
@@ -153,6 +153,26 @@ def test_memory_that_does_not_suffice_is_reported(root, tmp_path, monkeypatch, f
     assert "train_micro_batch_size_per_gpu 4 -> 2 with gradient_accumulation_steps 1 -> 2" in text
     assert "zero_optimization.stage 1 -> 2" in text
     finding("F9", "out of memory: a table by use and the settings to lower, in order")
+
+
+@pytest.mark.parametrize(
+    "said", ["cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED"]
+)
+def test_what_a_full_gpu_says_is_of_memory_only_there(monkeypatch, said):
+    """ViT-H of 36 clips a GPU at ZeRO 1: no room was left for cuDNN's kernels, of which it says only this."""
+    error = RuntimeError(said)
+
+    def fails():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def found(gpu, room):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", room)
+        return memory_error(error)
+
+    assert found(True, lambda: (2**27, 80 * 2**30)) is error
+    assert found(True, lambda: (2**32, 80 * 2**30)) is None
+    assert found(True, fails) is None and found(False, fails) is None
 
 
 def test_what_is_to_be_lowered_can_be(root):
