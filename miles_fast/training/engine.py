@@ -237,14 +237,19 @@ def _reduce_in_parts(optimizer: Any) -> None:
 
 
 def measure_gradients_together(optimizer: Any) -> None:
-    """Have ZeRO 1 and 2 find what is not finite, and the norm, in a few launches.
+    """Have ZeRO 1 to 3 find what is not finite, and the norm, in a few launches.
 
-    DeepSpeed does so gradient by gradient, twenty launches for each of three hundred, while the GPU waits.
-    Its norm is of float64, this one of float32. BF16_Optimizer has `use_flat_gradients`.
+    DeepSpeed does so gradient by gradient, up to twenty launches for each of three hundred, while the GPU
+    waits. Its norm is of float64, this one of float32. BF16_Optimizer has `use_flat_gradients`.
     """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload or optimizer.has_moe_layers:
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        together = not (optimizer.cpu_offload or optimizer.has_moe_layers)
+    else:
+        together = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and not optimizer.offload_optimizer
+    if not together:
         return
 
     def has_overflow_partitioned_grads_serial() -> Tensor:
@@ -257,7 +262,8 @@ def measure_gradients_together(optimizer: Any) -> None:
         torch.distributed.all_reduce(squared, group=optimizer.dp_process_group)
         return torch.where(squared.isfinite(), squared.sqrt(), -1.0)  # what DeepSpeed makes of it, too
 
-    optimizer.has_overflow_partitioned_grads_serial = has_overflow_partitioned_grads_serial
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):  # in bf16 ZeRO 3 tells by the norm
+        optimizer.has_overflow_partitioned_grads_serial = has_overflow_partitioned_grads_serial
     optimizer.get_grad_norm_direct = get_grad_norm_direct
 
 
