@@ -47,11 +47,14 @@ def write_pretrained(found: Pretrained, target: Target, output: str | Path) -> t
     `safetensors`: a model folder of ours. `hf`: a Hugging Face folder with processor and model card.
     `official`, `frozen`: a .pth. `timm`: a .safetensors of the image tower alone. `onnx`, `pt2`: a folder
     with both encoders as ONNX, or as torch.export programs. An existing folder is replaced when the same
-    target wrote it and it holds nothing else. Raises ValueError or OSError, leaving nothing half-written.
+    target wrote it and it holds nothing else; a symbolic link stays one, what it names is written. Raises
+    ValueError or OSError, leaving nothing half-written.
     """
     if target not in get_args(Target):
         raise ValueError(f"--to {target}: expected one of {', '.join(get_args(Target))}")
     output, config = Path(output), found.config
+    if output.is_symlink():
+        output = output.resolve()
     suffix = {"official": ".pth", "frozen": ".pth", "timm": ".safetensors"}.get(target, "")
     if suffix and output.suffix != suffix:
         raise ValueError(f"--output {output}: --to {target} writes one file; name it *{suffix}")

@@ -53,6 +53,18 @@ def test_a_round_trip_keeps_every_bit_and_every_embedding(ours, data, tmp_path, 
     assert torch.equal(first.encode_text(captions), second.encode_text(captions))
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "official"])
+def test_a_link_stays_one_and_what_it_names_is_written(ours, data, tmp_path, kind):
+    """Twice: what is there already is replaced."""
+    place, link = tmp_path / "disk" / FILES[kind], tmp_path / FILES[kind]
+    place.parent.mkdir()
+    link.symlink_to(place)
+    found = read_pretrained(ours)
+    for _ in range(2):
+        assert_same_weights(found, again(found, kind, tmp_path, data / "tokenizer"))
+        assert link.is_symlink() and place.exists() and not place.is_symlink()
+
+
 def test_any_kind_leads_to_any_other(ours, data, tmp_path):
     start = found = read_pretrained(ours)
     for number, kind in enumerate(["frozen", "hf", "official", "safetensors", "hf", "frozen", "official"]):
