@@ -76,8 +76,9 @@ def run(root, accumulation, clipping, stage=1, bf16=True, dtypes=FLOAT32):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("clipping", [0.0, 0.05, 1e6])
-def test_flat_gradients_train_as_deepspeed_does(root, monkeypatch, accumulation, clipping):
+def test_flat_gradients_train_as_deepspeed_does(root, monkeypatch, capsys, accumulation, clipping):
     norms, masters = run(root, accumulation, clipping)
+    assert "Virtual Memory" not in capsys.readouterr().out  # DeepSpeed's, of every start
     monkeypatch.setattr(engine_module, "use_flat_gradients", lambda optimizer, in_parts: None)
     own_norms, own_masters = run(root, accumulation, clipping)
     assert norms == pytest.approx(own_norms, rel=1e-6) and max(norms) > 0.05
