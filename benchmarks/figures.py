@@ -59,7 +59,6 @@ FIGURES = {
         if keys
     },
     "step-a-192": Figure(clips=192, arguments="step --alone --batches 25"),
-    "step-b-120": Figure(clips=120, arguments="step --alone --batches 20 method.view=B"),
     "step-a-512-budget": Figure(
         clips=512, arguments="step --alone --batches 12 run.activation_memory_budget=0.25"
     ),
