@@ -1,5 +1,6 @@
 """Set before any import of the package: kernels are interpreted where there is no GPU."""
 
+import gc
 import logging
 import os
 import sys
@@ -37,6 +38,13 @@ def log_as_imported():
     log.handlers.clear()
     log.propagate = True
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def nothing_cached():
+    """What earlier tests left cached on the GPU would be room within a limit that the test sets."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

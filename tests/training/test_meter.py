@@ -36,11 +36,11 @@ def test_a_record_counts_retries_since_the_one_before(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("nothing_cached")
 def test_memory_that_had_to_be_emptied_first_is_counted(tmp_path):
     device = torch.device("cuda", torch.cuda.current_device())
     meter = Meter(tiny_config(tmp_path), Share(batch=2), device)
     retries_of(meter, device)
-    torch.cuda.empty_cache()
     room = torch.cuda.memory_reserved() + 2**27
     with contextlib.ExitStack() as stack:
         stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
