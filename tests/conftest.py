@@ -41,10 +41,24 @@ def log_as_imported():
 
 
 @pytest.fixture
-def nothing_cached():
-    """What earlier tests left cached on the GPU would be room within a limit that the test sets."""
-    gc.collect()
-    torch.cuda.empty_cache()
+def limit_memory():
+    """Called with bytes, it leaves the GPU so many: what torch holds but does not use is taken as well."""
+    device, taken = torch.cuda.current_device(), []
+
+    def limit(room: int) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        mine = (torch.cuda.current_stream().cuda_stream, (0, 0))
+        segments = [s for s in torch.cuda.memory_snapshot() if (s["stream"], s["segment_pool_id"]) == mine]
+        unused = [block["size"] for s in segments for block in s["blocks"] if block["state"] == "inactive"]
+        for size in sorted(unused, reverse=True):
+            if size > 2**20:  # less would come from torch's small segments
+                taken.append(torch.empty(size, dtype=torch.uint8, device=device))
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total, device)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 @pytest.fixture(scope="session")

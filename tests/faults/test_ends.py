@@ -203,17 +203,14 @@ def test_others_on_the_gpu_are_named_first(root):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("nothing_cached")
 @pytest.mark.parametrize("where", ["capture_passes", "train_step"])
-def test_a_gpu_without_memory_ends_the_program_with_a_table(root, tmp_path, monkeypatch, where):
+def test_a_gpu_without_memory_ends_the_program_with_a_table(root, tmp_path, monkeypatch, limit_memory, where):
     """The limit is set when the engine is there."""
-    do, device = getattr(loop, where), torch.device("cuda", torch.cuda.current_device())
+    do = getattr(loop, where)
 
     def limited(*rest, **options):
-        torch.cuda.empty_cache()
+        limit_memory(2**26)
         torch.cuda.reset_peak_memory_stats()
-        room = torch.cuda.memory_reserved() + 2**26
-        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1], device)
         return do(*rest, **options)
 
     def main():
@@ -225,11 +222,8 @@ def test_a_gpu_without_memory_ends_the_program_with_a_table(root, tmp_path, monk
     tree = ds_tree(stage=1, batch=24, bf16=True)
     tree["zero_optimization"]["reduce_bucket_size"] = 10**6  # DeepSpeed's default takes a GiB
     settings = check_ds_config(tree, "ds", config, cuda=True, ranks=1)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            exit_with_status(main)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    with pytest.raises(SystemExit) as ended:
+        exit_with_status(main)
     said = str(ended.value.code)  # a text: Python prints it and exits with 1
     assert said.startswith("error: rank 0 ran out of memory.\n"), said
     gib = {row[:42].strip(): float(row[42:].split()[0]) for row in said.splitlines() if row.endswith(" GiB")}

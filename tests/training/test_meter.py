@@ -1,6 +1,5 @@
 """The meter: how often torch's allocator found no memory, and the warning of it."""
 
-import contextlib
 import logging
 from types import SimpleNamespace
 
@@ -36,18 +35,14 @@ def test_a_record_counts_retries_since_the_one_before(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("nothing_cached")
-def test_memory_that_had_to_be_emptied_first_is_counted(tmp_path):
+def test_memory_that_had_to_be_emptied_first_is_counted(tmp_path, limit_memory):
     device = torch.device("cuda", torch.cuda.current_device())
     meter = Meter(tiny_config(tmp_path), Share(batch=2), device)
     retries_of(meter, device)
-    room = torch.cuda.memory_reserved() + 2**27
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, device)
-        torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1], device)
-        torch.empty(2**26, dtype=torch.uint8, device=device)  # kept by torch, too small for the next
-        assert retries_of(meter, device) == 0
-        torch.empty(3 * 2**25, dtype=torch.uint8, device=device)
+    limit_memory(2**27)
+    torch.empty(2**26, dtype=torch.uint8, device=device)  # kept by torch, too small for the next
+    assert retries_of(meter, device) == 0
+    torch.empty(3 * 2**25, dtype=torch.uint8, device=device)
     assert retries_of(meter, device) == 1
 
 
