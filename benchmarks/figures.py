@@ -90,6 +90,7 @@ FIGURES = {
             arguments="scaling --gpus 2 --batches 6 model.video.weights=null",
         )
         for name, clips, stage, zero in (
+            ("vit-h-zero1", 34, 1, {}),
             ("vit-h-zero3", 34, 3, {}),
             ("vit-h-36-zero3", 36, 3, _FEW_LIVE),
             ("vit-h-36-zero1", 36, 1, {}),  # they do not fit: the report says so

@@ -189,6 +189,7 @@ def _measure_fitting(variant: Variant, experiment: Experiment, *, fresh: bool) -
 def _free_memory() -> float:
     """Give back what nothing uses; GiB that torch keeps on the GPU all the same."""
     gc.collect()
+    gc.collect()  # what the first let go of: weights, on which DeepSpeed hangs methods that hold them
     if not torch.cuda.is_available():
         return 0.0
     torch.cuda.empty_cache()

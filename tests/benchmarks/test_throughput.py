@@ -394,6 +394,29 @@ def test_a_row_that_fails_loses_no_other(root, monkeypatch, capsys):
     assert tried == [4] and failed.batch == 4 and "keeps 61 GiB: measure a smaller batch" in failed.error
 
 
+def test_no_weight_of_a_row_is_there_in_the_next(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import variants
+
+    from miles_fast.training import loop
+
+    build, weights = loop.build_engine, []
+
+    def build_engine(*arguments):
+        assert not any(weight() is not None for weight in weights)
+        engine = build(*arguments)
+        weights.extend(weakref.ref(weight) for weight in engine.module.parameters())
+        return engine
+
+    monkeypatch.setattr(loop, "build_engine", build_engine)
+    tree = ds_tree(stage=1, bf16=True) | {"data_types": {"grad_accum_dtype": "fp32"}}  # as in launch/ds
+    experiment = variants.Experiment(
+        config_file=str(root / "tiny.yaml"), overrides=[], ds_tree=tree, steps=variants.WARMUP + 1
+    )
+    rows = variants.measure_variants([variants.CONFIGURED] * 2, experiment)
+    assert [type(row) for row in rows] == [variants.Row] * 2 and len(weights) > 100
+
+
 def test_plain_ops_keep_no_tensor(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from variants import ops
