@@ -129,6 +129,11 @@ def check_ds_config(
             f"{source}: zero_optimization.stage = 3 does not give frozen weights (run.freeze) back whole; "
             "set stage 0, 1 or 2"
         )
+    if stage == 3 and tree["zero_optimization"].get("stage3_module_granularity_threshold"):
+        raise ConfigError(
+            f"{source}: zero_optimization.stage3_module_granularity_threshold has DeepSpeed give weights "
+            "back that the GPU still reads (README.md); take it out: layers are gathered whole without it"
+        )
     if stage == 3 and config.run.compile:
         # DeepSpeed's own linear layer reads what differs from one to the next, so that torch.compile gives up
         # after eight layers. It lets go of gathered weights until backward, which compiled layers do anyway.

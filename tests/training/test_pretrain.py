@@ -398,6 +398,10 @@ def test_ds_json_that_contradicts_is_refused(root):
     with pytest.raises(ConfigError, match="check_grad_overflow = false lets gradients that are not finite"):
         unchecked = ds_tree() | {"bf16": {"enabled": True, "check_grad_overflow": False}}
         check_ds_config(unchecked, "ds.json", config, cuda=False, ranks=1)
+    tree = ds_tree(stage=3)
+    tree["zero_optimization"]["stage3_module_granularity_threshold"] = 1
+    with pytest.raises(ConfigError, match="stage3_module_granularity_threshold has .* take it out"):
+        check_ds_config(tree, "ds.json", config, cuda=False, ranks=1)
 
 
 def test_ranks_that_srun_started_know_which_they_are(monkeypatch):
