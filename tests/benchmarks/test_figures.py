@@ -16,7 +16,8 @@ OTHERS = {"micro", "sweep", "space-sweep", "decoders", "soak"}
 # A clip's, by view (README.md).
 GFLOP = {
     **dict.fromkeys(("step-a-64", "step-a-128", "step-a-192", "step-a-512-budget", "step-ablate-128"), 746),
-    **{"step-b-96": 1299, "step-d-512": 353, "step-d-full-160": 906, "step-one-frame-768": 193},
+    **{"start-a-128": 746, "step-b-96": 1299, "step-d-512": 353},
+    **{"step-d-full-160": 906, "step-one-frame-768": 193},
 }
 
 
