@@ -114,6 +114,8 @@ def numbered_masks(batch: int, micro_step: int) -> np.ndarray:
     return np.full((batch, 1), micro_step)
 
 
+# As in launch/ds, of bf16 at ZeRO 1: another of DeepSpeed's optimizers.
+FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 # Of zero_optimization: ZeRO 3 deals out the smallest weight, and lets go of it behind its layer.
 NOTHING_STAYS = {
     "stage3_param_persistence_threshold": 0,

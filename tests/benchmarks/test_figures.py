@@ -14,10 +14,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Of micro.py, of `throughput.py decoders` and of tests/faults/soak.py, which README names.
 OTHERS = {"micro", "sweep", "space-sweep", "decoders", "soak"}
 # A clip's, by view (README.md).
+VIEW_A = ("start-a-128", "step-a-64", "step-a-128", "step-a-192", "step-a-512-budget", "step-ablate-128")
 GFLOP = {
-    **dict.fromkeys(("step-a-64", "step-a-128", "step-a-192", "step-a-512-budget", "step-ablate-128"), 746),
-    **{"start-a-128": 746, "step-b-96": 1299, "step-d-512": 353},
-    **{"step-d-full-160": 906, "step-one-frame-768": 193},
+    **dict.fromkeys(VIEW_A, 746),
+    **{"step-b-96": 1299, "step-d-512": 353, "step-d-full-160": 906, "step-one-frame-768": 193},
 }
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from fork_server import run
-from tiny import ds_tree, tiny_config, tiny_tree, write_data
+from tiny import FLOAT32_SUMS, ds_tree, tiny_config, tiny_tree, write_data
 
 from miles_fast.data.demo_corpus import Recipe, build_demo_corpus
 from miles_fast.data.shards import ShardSet
@@ -409,7 +409,7 @@ def test_no_weight_of_a_row_is_there_in_the_next(root, monkeypatch):
         return engine
 
     monkeypatch.setattr(loop, "build_engine", build_engine)
-    tree = ds_tree(stage=1, bf16=True) | {"data_types": {"grad_accum_dtype": "fp32"}}  # as in launch/ds
+    tree = ds_tree(stage=1, bf16=True) | FLOAT32_SUMS
     experiment = variants.Experiment(
         config_file=str(root / "tiny.yaml"), overrides=[], ds_tree=tree, steps=variants.WARMUP + 1
     )

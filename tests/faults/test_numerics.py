@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from tiny import ds_tree, tiny_config
+from tiny import FLOAT32_SUMS, ds_tree, tiny_config
 from torch import nn
 
 from miles_fast.training import loop
@@ -22,8 +22,6 @@ from miles_fast.training.numerics import (
 )
 from miles_fast.training.objective import Losses
 from miles_fast.training.progress import read_log
-
-FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # as in launch/ds
 
 
 def losses(value):

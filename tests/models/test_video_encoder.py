@@ -11,7 +11,8 @@ from miles_fast.config import VideoEncoderConfig
 from miles_fast.kernels.divided_attention import divided_attention_reference
 from miles_fast.models import video_encoder
 from miles_fast.models.attention import divided_attention
-from miles_fast.models.video_encoder import SpaceTimeTransformer, load_image_weights
+from miles_fast.models.image_weights import load_image_weights
+from miles_fast.models.video_encoder import SpaceTimeTransformer
 
 ORDER = ("norm1", "attn", "timeattn", "norm2", "mlp", "norm3")
 

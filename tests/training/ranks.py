@@ -17,7 +17,7 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from tiny import NOTHING_STAYS, ds_tree, joined_masks, tiny_config  # noqa: E402
+from tiny import FLOAT32_SUMS, NOTHING_STAYS, ds_tree, joined_masks, tiny_config  # noqa: E402
 
 from miles_fast.config import ContrastConfig  # noqa: E402
 from miles_fast.data.batches import Quarantine  # noqa: E402
@@ -94,7 +94,7 @@ def processes_here() -> list[int]:
 
 def bf16_run(root: Path, device: torch.device, *, flat: bool) -> dict:
     """Norms and weights of a small net under BF16_Optimizer, its gradient flat or DeepSpeed's own way."""
-    tree = ds_tree(stage=1, batch=2, bf16=True) | {"data_types": {"grad_accum_dtype": "fp32"}}
+    tree = ds_tree(stage=1, batch=2, bf16=True) | FLOAT32_SUMS
     tree |= {"gradient_clipping": 0.1} | ({} if flat else {"communication_data_type": "fp32"})
     settings = check_ds_config(tree, "ds", tiny_config(root), cuda=device.type == "cuda", ranks=world_size())
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import NOTHING_STAYS, ds_tree, tiny_config, write_data
+from tiny import FLOAT32_SUMS, NOTHING_STAYS, ds_tree, tiny_config, write_data
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 
@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 
 # Summed over ranks as they are: DeepSpeed would round them to bf16, over one rank as well.
-FLOAT32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+FLOAT32 = {**FLOAT32_SUMS, "communication_data_type": "fp32"}
 
 
 def float32_weights(engine, stage, dtypes):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ds_tree, tiny_config, write_data
+from tiny import FLOAT32_SUMS, ds_tree, tiny_config, write_data
 from torch._dynamo.backends.debugging import aot_eager_decomp_partition
 
 from miles_fast.config import ConfigError
@@ -34,7 +34,7 @@ def train(root, name, method, *, steps=6, resume=None, deal=None, model=None, st
     config = tiny_config(root, run=run, method=method, model=model or {})
     tree = ds_tree(stage=stage, batch=4, bf16=True)
     if stage == 1:
-        tree["data_types"] = {"grad_accum_dtype": "fp32"}  # as in launch/ds/zero1.json: another optimizer
+        tree |= FLOAT32_SUMS
     tree["zero_optimization"]["reduce_bucket_size"] = 10**6  # DeepSpeed's default takes a GiB
     settings = check_ds_config(tree, "ds", config, cuda=True, ranks=1)
     pretrain(config, settings, resume=resume, **({"deal": deal} if deal else {}))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import ds_tree, tiny_config, write_data, write_frames
+from tiny import FLOAT32_SUMS, ds_tree, tiny_config, write_data, write_frames
 
 import miles_fast
 from miles_fast.config import ConfigError
@@ -35,7 +35,7 @@ def root(tmp_path_factory):
 def train(config, resume=None, evaluate=None, **ds):
     tree = ds_tree(**ds)
     if ds.get("bf16") and ds.get("stage") == 1:
-        tree["data_types"] = {"grad_accum_dtype": "fp32"}  # as in launch/ds
+        tree |= FLOAT32_SUMS
     settings = check_ds_config(tree, "ds.json", config, cuda=False, ranks=1)
     pretrain(config, settings, resume=resume, evaluate=evaluate)
     return read_log(Path(config.run.folder))
