@@ -119,25 +119,8 @@ def check_ds_config(
     if not isinstance(tree.get("optimizer", {}).get("type"), str):
         raise ConfigError(f"{source}: optimizer.type is missing; ds.json in the repository shows one")
     stage = tree.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    if stage == 3 and config.run.cuda_graphs:
-        raise ConfigError(
-            f"{source}: zero_optimization.stage = 3 gathers weights anew for every step, which a CUDA graph "
-            "cannot follow; set run.cuda_graphs: false, or stage 2"
-        )
-    if stage == 3 and config.run.freeze:
-        raise ConfigError(
-            f"{source}: zero_optimization.stage = 3 does not give frozen weights (run.freeze) back whole; "
-            "set stage 0, 1 or 2"
-        )
-    if stage == 3 and tree["zero_optimization"].get("stage3_module_granularity_threshold"):
-        raise ConfigError(
-            f"{source}: zero_optimization.stage3_module_granularity_threshold has DeepSpeed give weights "
-            "back that the GPU still reads (README.md); take it out: layers are gathered whole without it"
-        )
-    if stage == 3 and config.run.compile:
-        # DeepSpeed's own linear layer reads what differs from one to the next, so that torch.compile gives up
-        # after eight layers. It lets go of gathered weights until backward, which compiled layers do anyway.
-        tree["zero_optimization"].setdefault("memory_efficient_linear", False)
+    if stage == 3:
+        _check_stage_3(tree["zero_optimization"], source, config)
     _check_lr_scale(tree, source, config)
     adam = tree["optimizer"]["type"].lower() in ("adam", "adamw")
     if adam and not cuda and "offload_optimizer" not in tree["zero_optimization"]:
@@ -173,6 +156,28 @@ def _check_shape(tree: dict[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: {name}.params = {section['params']!r}: give an object")
     if unknown := set(tree.get("data_types", {})) - {"grad_accum_dtype"}:
         raise ConfigError(f"{source}: data_types.{min(unknown)}: only grad_accum_dtype is read there")
+
+
+def _check_stage_3(zero: dict[str, Any], source: str, config: Config) -> None:
+    if config.run.cuda_graphs:
+        raise ConfigError(
+            f"{source}: zero_optimization.stage = 3 gathers weights anew for every step, which a CUDA graph "
+            "cannot follow; set run.cuda_graphs: false, or stage 2"
+        )
+    if config.run.freeze:
+        raise ConfigError(
+            f"{source}: zero_optimization.stage = 3 does not give frozen weights (run.freeze) back whole; "
+            "set stage 0, 1 or 2"
+        )
+    if zero.get("stage3_module_granularity_threshold"):
+        raise ConfigError(
+            f"{source}: zero_optimization.stage3_module_granularity_threshold has DeepSpeed give weights "
+            "back that the GPU still reads (README.md); take it out: layers are gathered whole without it"
+        )
+    if config.run.compile:
+        # DeepSpeed's own linear layer reads what differs from one to the next, so that torch.compile gives up
+        # after eight layers. It lets go of gathered weights until backward, which compiled layers do anyway.
+        zero.setdefault("memory_efficient_linear", False)
 
 
 def _check_lr_scale(tree: dict[str, Any], source: str, config: Config) -> None:
