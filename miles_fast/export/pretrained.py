@@ -18,9 +18,10 @@ from miles_fast.config_tree import parse_model
 from miles_fast.export.architecture import infer_architecture
 from miles_fast.export.checkpoint_file import Lineage, read_checkpoint_file
 from miles_fast.models.dual_encoder import DualEncoder
+from miles_fast.models.image_weights import image_weights, load_image_weights
 from miles_fast.models.storage import PRETRAINING, check_weights, read_description, read_weights
 from miles_fast.models.text_encoder import load_tokenizer
-from miles_fast.models.video_encoder import image_weights, load_image_weights, temporal_rows
+from miles_fast.models.video_encoder import temporal_rows
 from miles_fast.training.checkpoint import model_folder
 
 Model = TypeVar("Model", bound=DualEncoder)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from miles_fast.config import ModelConfig, TextEncoderConfig
 from miles_fast.models.compilation import compile_each
+from miles_fast.models.image_weights import image_weights, load_image_weights
 from miles_fast.models.text_encoder import build_text_encoder
-from miles_fast.models.video_encoder import SpaceTimeTransformer, image_weights, load_image_weights
+from miles_fast.models.video_encoder import SpaceTimeTransformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
